@@ -1,0 +1,52 @@
+# `make` lists the targets. `make demo` and `make test` on a fresh clone set everything up by themselves.
+
+PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+# The package index that torch alone is taken from, such as PyTorch's own for CPU; empty: where pip takes the rest.
+TORCH_INDEX ?=
+# Which tests run, as pytest's -m; empty: all.
+MARKERS ?= not slow
+
+BIN := .venv/bin
+# Errors only.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints-cpu.txt
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint check format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv, with everything that the other targets need
+
+$(INSTALLED): setup.py pyproject.toml constraints-cpu.txt
+	@echo 'Setting up .venv; the first time this takes a few minutes.'
+	$(PYTHON) -m venv .venv
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) -e '.[examples,test]'
+	@touch $@
+
+demo: $(INSTALLED) ## learn random walks by PPO, from pretraining to the curve
+	$(BIN)/python -m lightning_rlhf.examples.randomwalks
+
+test: $(INSTALLED) ## run the tests (MARKERS="not slow"; MARKERS= for all)
+	$(BIN)/python -m pytest -m "$(MARKERS)"
+
+lint: $(INSTALLED) ## format, lint and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+check: MARKERS =
+check: lint test ## lint, then every test: what a change must pass
+
+format: $(INSTALLED) ## let ruff rewrite the files
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(INSTALLED) ## measure speed and memory of the random walks
+	$(BIN)/python -m benchmarks.randomwalks
+
+clean: ## remove builds and caches; .venv and the output of runs stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Speed, memory and learning beside other implementations, on the same work."""

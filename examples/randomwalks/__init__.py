@@ -1,0 +1,1 @@
+"""Shortest paths on a random graph, learned from a reward alone."""

@@ -1,0 +1,46 @@
+"""Reinforcement learning from human feedback for PyTorch Lightning."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_rlhf.data.conversations import ConversationDataModule
+    from lightning_rlhf.data.prompts import PromptDataModule
+    from lightning_rlhf.generation.sampling import Sampling
+    from lightning_rlhf.models.loading import ModelSpec
+    from lightning_rlhf.modules.ppo import PPOModule
+    from lightning_rlhf.modules.sft import SFTModule
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ConversationDataModule": "lightning_rlhf.data.conversations",
+    "ModelSpec": "lightning_rlhf.models.loading",
+    "PPOModule": "lightning_rlhf.modules.ppo",
+    "PromptDataModule": "lightning_rlhf.data.prompts",
+    "SFTModule": "lightning_rlhf.modules.sft",
+    "Sampling": "lightning_rlhf.generation.sampling",
+}
+
+__all__ = [
+    "ConversationDataModule",
+    "ModelSpec",
+    "PPOModule",
+    "PromptDataModule",
+    "SFTModule",
+    "Sampling",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, so that importing the package costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted([*globals(), *__all__])

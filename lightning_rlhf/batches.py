@@ -1,0 +1,159 @@
+"""What travels between the rooms: prompts, rollouts, scores, experience, and rows to imitate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """Rows side by side: every tensor, list and mapping of lists has one entry per row."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same rows on another device."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking), lambda items: items)
+
+    def select(self, rows: Int[Tensor, " rows"]) -> Self:
+        """Some of the rows, in the order given."""
+        indices = rows.tolist()
+        return self._mapped(lambda tensor: tensor[rows], lambda items: [items[i] for i in indices])
+
+    def _mapped(self, of_tensor: Any, of_list: Any) -> Self:
+        def mapped(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return of_tensor(value)
+            if isinstance(value, Batch):
+                return value._mapped(of_tensor, of_list)
+            if isinstance(value, Mapping):
+                return {key: mapped(item) for key, item in value.items()}
+            return of_list(value) if isinstance(value, list) else value
+
+        return type(self)(**{f.name: mapped(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(slots=True, kw_only=True)
+class PromptBatch(Batch):
+    """What the policy reads.
+
+    Attributes:
+        prompt_tokens: Padded left.
+        prompt_mask: True where a token is real.
+        prompts: As the user gave them, strings or chat messages.
+        metadata: Every other key of the rows, a list each.
+    """
+
+    prompt_tokens: Int[Tensor, "batch prompt"]
+    prompt_mask: Bool[Tensor, "batch prompt"]
+    prompts: list[Any]
+    metadata: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompt_tokens)
+
+
+@dataclass(slots=True, kw_only=True)
+class Rollouts(PromptBatch):
+    """What the policy read and wrote. Everything per token is aligned with the response.
+
+    Attributes:
+        response_tokens: Padded right.
+        response_mask: True up to and including the token that ended the response.
+        sampled_mask: ``response_mask`` less the tokens that the sampler was forced to emit.
+        old_logprobs: Under the policy that sampled, at the sampling temperature, over the whole vocabulary.
+        truncated: Whether the response was cut at ``max_new_tokens``.
+        responses: Decoded without special tokens.
+        values: Read at the state before each token.
+        final_values: Value of the state after the last token of a response that was cut off, else 0.
+        kept_mass: Probability of what top-k, top-p and min-new-tokens left to draw from.
+    """
+
+    response_tokens: Int[Tensor, "batch response"]
+    response_mask: Bool[Tensor, "batch response"]
+    sampled_mask: Bool[Tensor, "batch response"]
+    old_logprobs: Float[Tensor, "batch response"]
+    truncated: Bool[Tensor, " batch"]
+    responses: list[str]
+    values: Float[Tensor, "batch response"] | None = None
+    final_values: Float[Tensor, " batch"] | None = None
+    kept_mass: Float[Tensor, "batch response"] | None = None
+
+    def trimmed(self) -> Self:
+        """The same rows without the columns in which every row is padded."""
+        prompt = int(self.prompt_mask.sum(1).max())
+        response = int(self.response_mask.sum(1).max())
+
+        def trim(name: str, value: Any) -> Any:
+            if isinstance(value, Scores):
+                tokens = value.token_scores
+                tokens = None if tokens is None else tokens[:, :response]
+                return Scores(total=value.total, by_name=value.by_name, token_scores=tokens)
+            if not isinstance(value, Tensor) or value.dim() < 2:
+                return value
+            return value[:, -prompt:] if name.startswith("prompt") else value[:, :response]
+
+        return type(self)(**{f.name: trim(f.name, getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(slots=True, kw_only=True)
+class Scores(Batch):
+    """What the reward gave, as it gave it.
+
+    Attributes:
+        total: The weighted sum of all rewards, over the tokens too where one is dense.
+        by_name: Each reward's own score, unweighted; NaN where it did not apply.
+        token_scores: Where a reward is dense, the weighted sum per token; scores of whole responses lie on the last.
+    """
+
+    total: Float[Tensor, " batch"]
+    by_name: dict[str, Float[Tensor, " batch"]] = field(default_factory=dict)
+    token_scores: Float[Tensor, "batch response"] | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Experience(Rollouts):
+    """Rollouts with all that a loss reads.
+
+    Attributes:
+        scores: What the reward gave.
+        advantages: How much better each token did than expected.
+        ref_logprobs: Under the reference, where one is run.
+        returns: What the values should have been.
+        weights: What each token counts in the loss of its global minibatch; a padded one counts 0.
+    """
+
+    scores: Scores
+    advantages: Float[Tensor, "batch response"]
+    ref_logprobs: Float[Tensor, "batch response"] | None = None
+    returns: Float[Tensor, "batch response"] | None = None
+    weights: Float[Tensor, "batch response"] | None = None
+
+    @classmethod
+    def from_rollouts(cls, rollouts: Rollouts, **more: Any) -> Experience:
+        """Adds to rollouts what an algorithm made of them."""
+        return cls(**{f.name: getattr(rollouts, f.name) for f in fields(Rollouts)}, **more)
+
+
+@dataclass(slots=True, kw_only=True)
+class ImitationBatch(Batch):
+    """What supervised fine-tuning reads: prompts and the responses to imitate.
+
+    Attributes:
+        prompt_tokens: Padded left.
+        prompt_mask: True where a token is real.
+        response_tokens: Padded right.
+        response_mask: True where a token is real and is to be learnt.
+    """
+
+    prompt_tokens: Int[Tensor, "batch prompt"]
+    prompt_mask: Bool[Tensor, "batch prompt"]
+    response_tokens: Int[Tensor, "batch response"]
+    response_mask: Bool[Tensor, "batch response"]
+
+    def __len__(self) -> int:
+        return len(self.prompt_tokens)

@@ -1,0 +1,130 @@
+"""What all DataModules share: rows, a tokenizer that the module brings, and a place that is remembered."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from lightning_rlhf.batches import Batch
+from lightning_rlhf.data.cursor import Cursor, CursorSampler
+from lightning_rlhf.data.formats import Row
+
+
+def run_seed(seed: int | None) -> int:
+    """A seed as given, or what ``seed_everything`` set, else 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+
+
+class RLHFDataModule(L.LightningDataModule, ABC):
+    """Rows that become batches once a module has brought its tokenizer.
+
+    Args:
+        rows: The training data.
+        batch_size: Rows of a batch, per process.
+        shuffle: Whether every epoch has an order of its own.
+        seed: Of the orders; what ``seed_everything`` set, else 0, by default.
+        num_workers: Processes that collate.
+
+    Attributes:
+        tokenizer: Of the module that is trained, which sets it; or set it yourself.
+        max_tokens: How long a row may be, in tokens; the module sets it, None is no limit.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        batch_size: int = 32,
+        shuffle: bool = True,
+        seed: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"`batch_size={batch_size}` must be at least 1.")
+        self.rows = rows
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = run_seed(seed)
+        self.num_workers = num_workers
+        self.tokenizer: Any = None
+        self.max_tokens: int | None = None
+        self.cursor = Cursor()
+
+    @abstractmethod
+    def tokenized(self, row: Row, number: int) -> Any:
+        """Turns a row into tokens; called once a row, before the first batch.
+
+        Args:
+            row: As the user gave it.
+            number: Its place, for errors.
+
+        Returns:
+            What :meth:`collate` puts together.
+        """
+
+    @abstractmethod
+    def collate(self, items: Sequence[Any]) -> Batch:
+        """Puts what :meth:`tokenized` returned side by side.
+
+        Args:
+            items: One a row.
+
+        Returns:
+            The batch.
+        """
+
+    def train_dataloader(self) -> DataLoader:
+        """A plain loader over the rows, from the cursor on."""
+        if self.tokenizer is None:
+            raise ValueError(
+                "`tokenizer` is not set: fit with an RLHF module, which brings its own, or set `datamodule.tokenizer`."
+            )
+        items = [self.tokenized(row, number) for number, row in enumerate(self.rows)]
+        world_size = 1 if self.trainer is None else self.trainer.world_size
+        rank = 0 if self.trainer is None else self.trainer.global_rank
+        sampler = CursorSampler(items, self.cursor, self.batch_size, self.shuffle, self.seed, world_size, rank)
+        # Few workers are right for rows that only need padding, and the place in the data is this module's business.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        return DataLoader(
+            items,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Moves the cursor: fires once for every batch that training consumes, before its step."""
+        if self.trainer is not None and self.trainer.training:
+            self.cursor.advance(int(self.trainer.num_training_batches))
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data."""
+        return {"epoch": self.cursor.epoch, "position": self.cursor.position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes back to a saved place."""
+        self.cursor.epoch, self.cursor.position = state_dict["epoch"], state_dict["position"]
+
+    def check_length(self, length: int, what: str) -> None:
+        """Refuses a row that the model cannot read.
+
+        Args:
+            length: In tokens.
+            what: The row, for the error.
+
+        Raises:
+            ValueError: If it is too long.
+        """
+        if self.max_tokens is not None and length > self.max_tokens:
+            raise ValueError(
+                f"{what} has {length} tokens, and the model has room for {self.max_tokens}: shorten it or leave it out."
+            )

@@ -1,0 +1,73 @@
+"""Texts to imitate, for supervised fine-tuning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_rlhf.batches import ImitationBatch
+from lightning_rlhf.data.base import RLHFDataModule
+from lightning_rlhf.data.formats import Row, read_rows
+from lightning_rlhf.data.tokens import pad_id, padded, prompt_ids, response_ids
+
+
+class ConversationDataModule(RLHFDataModule):
+    """Texts to imitate: whole ones, or responses to prompts.
+
+    Args:
+        rows: Dicts with ``text``, of which everything is learnt, or with ``prompt`` (a string or chat messages) and
+            ``response``, of which the response is; plain strings are texts. Or the path of a JSONL file of these.
+            EOS is put after every text and response.
+        batch_size: Rows of a batch, per process.
+        shuffle: Whether every epoch has an order of its own.
+        seed: Of the orders; what ``seed_everything`` set, else 0, by default.
+        num_workers: Processes that collate.
+
+    Example:
+        >>> ConversationDataModule([{"prompt": "Hi", "response": " there"}, "A text."]).rows
+        [{'prompt': 'Hi', 'response': ' there'}, {'text': 'A text.'}]
+    """
+
+    def __init__(
+        self,
+        rows: str | os.PathLike[str] | Sequence[Any],
+        *,
+        batch_size: int = 32,
+        shuffle: bool = True,
+        seed: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        parsed = read_rows(rows, "rows", "text")
+        for number, row in enumerate(parsed):
+            if not ("text" in row or {"prompt", "response"} <= set(row)):
+                raise ValueError(
+                    f"`rows[{number}]` has the keys {sorted(row)}: it needs 'text', or 'prompt' and 'response'."
+                )
+        super().__init__(parsed, batch_size=batch_size, shuffle=shuffle, seed=seed, num_workers=num_workers)
+
+    def tokenized(self, row: Row, number: int) -> tuple[list[int], list[int]]:
+        """Tokens of the prompt and of what is learnt; of a text the first token is not, since nothing precedes it."""
+        try:
+            if "text" in row:
+                ids = prompt_ids(row["text"], self.tokenizer)
+                prompt, response = ids[:1], [*ids[1:], self.tokenizer.eos_token_id]
+            else:
+                prompt = prompt_ids(row["prompt"], self.tokenizer)
+                response = response_ids(row["response"], self.tokenizer)
+        except ValueError as error:
+            raise ValueError(f"`rows[{number}]`: {error}") from error
+        self.check_length(len(prompt) + len(response), f"`rows[{number}]`")
+        return prompt, response
+
+    def collate(self, items: Sequence[tuple[list[int], list[int]]]) -> ImitationBatch:
+        """Prompts padded left, responses padded right."""
+        pad = pad_id(self.tokenizer)
+        prompt_tokens, prompt_mask = padded([prompt for prompt, _ in items], pad, "left")
+        response_tokens, response_mask = padded([response for _, response in items], pad, "right")
+        return ImitationBatch(
+            prompt_tokens=prompt_tokens,
+            prompt_mask=prompt_mask,
+            response_tokens=response_tokens,
+            response_mask=response_mask,
+        )

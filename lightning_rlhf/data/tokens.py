@@ -1,0 +1,92 @@
+"""From text to padded tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from lightning_rlhf.data.formats import is_chat
+
+
+def prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
+    """Tokens of a prompt, ready for a response to follow.
+
+    Args:
+        prompt: A string, which is tokenised with the special tokens that the tokenizer puts before a text; or chat
+            messages, which go through its chat template.
+        tokenizer: Of the policy.
+
+    Returns:
+        At least one token.
+
+    Raises:
+        ValueError: If the prompt is neither, or has no token.
+    """
+    if is_chat(prompt):
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "`prompt` is a list of chat messages, and the tokenizer has no chat template: set "
+                "`tokenizer.chat_template`, or write the prompt as text."
+            )
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+    if not isinstance(prompt, str):
+        raise ValueError(
+            f"`prompt={prompt!r}` must be a string, or a list of chat messages with the keys 'role' and 'content'."
+        )
+    ids = list(tokenizer(prompt)["input_ids"])
+    if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+        ids.pop()  # some tokenizers end every text, and a prompt goes on
+    if not ids and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id]
+    if not ids:
+        raise ValueError(
+            f"`prompt={prompt!r}` has no token, and the tokenizer no BOS token to begin with: a response needs "
+            "something to follow."
+        )
+    return ids
+
+
+def response_ids(response: str, tokenizer: Any) -> list[int]:
+    """Tokens of a response, the EOS that ends it included.
+
+    Args:
+        response: What is to be written.
+        tokenizer: Of the policy.
+
+    Returns:
+        The tokens.
+    """
+    ids = list(tokenizer(response, add_special_tokens=False)["input_ids"])
+    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What fills rows; masks come from lengths, so it does not matter what it is."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def padded(
+    rows: Sequence[Sequence[int]], pad: int, side: str
+) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
+    """Rows of different lengths as one tensor, and its mask.
+
+    Args:
+        rows: Tokens.
+        pad: What fills them up.
+        side: Where: ``"left"`` or ``"right"``.
+
+    Returns:
+        Tokens, and True where one is real.
+    """
+    width = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        tokens[i, columns] = torch.tensor(row, dtype=torch.long)
+        mask[i, columns] = True
+    return tokens, mask

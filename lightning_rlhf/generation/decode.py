@@ -1,0 +1,201 @@
+"""The decode loop: one for every model, on every device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lightning_rlhf.generation.sampling import Sampling, draw
+from lightning_rlhf.models.loading import SpecialTokens
+from lightning_rlhf.models.policy import NextToken, Policy
+
+DROP_FINISHED_AT = 0.125
+"""Share of finished rows from which they leave the batch: leaving copies the cache of those that stay."""
+
+
+@dataclass(slots=True)
+class Decoded:
+    """What was written, and what the policy thought of it on the way.
+
+    Attributes:
+        tokens: Padded right.
+        mask: True up to and including the token that ended the response.
+        logprobs: Of the tokens, under the full distribution at the sampling temperature.
+        truncated: Whether the response was cut off.
+        values: Of the states before the tokens; None without a value head.
+        final_values: Of the state after the last token where the response was cut off, else 0; None if not asked for.
+        kept_mass: Probability of what there was to draw from; None where everything was.
+    """
+
+    tokens: Int[Tensor, "batch response"]
+    mask: Bool[Tensor, "batch response"]
+    logprobs: Float[Tensor, "batch response"]
+    truncated: Bool[Tensor, " batch"]
+    values: Float[Tensor, "batch response"] | None
+    final_values: Float[Tensor, " batch"] | None
+    kept_mass: Float[Tensor, "batch response"] | None
+
+
+class DecodeLoop:
+    """Writes responses token by token.
+
+    A row ends with EOS, with the token that completes a stop string, or at ``max_new_tokens``. Rows that have ended
+    leave the batch.
+
+    Args:
+        policy: In evaluation mode.
+        sampling: How tokens are drawn.
+        special: What ends and fills a row.
+        stopping: Says of response tokens, (batch, so far), which rows just completed a stop string;
+            transformers' ``StopStringCriteria``.
+        with_final_values: Whether to read the value after the last token of responses that are cut off.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        sampling: Sampling,
+        special: SpecialTokens,
+        stopping: Any = None,
+        with_final_values: bool = False,
+    ) -> None:
+        self.policy = policy
+        self.sampling = sampling
+        self.special = special
+        self.stopping = stopping
+        self.with_final_values = with_final_values
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt_tokens: Int[Tensor, "batch prompt"],
+        prompt_mask: Bool[Tensor, "batch prompt"],
+        uniforms: Float[Tensor, "batch max_new_tokens"],
+    ) -> Decoded:
+        """Writes a response to every prompt.
+
+        Args:
+            prompt_tokens: Padded left.
+            prompt_mask: True where a token is real.
+            uniforms: What chance says at every token of every row.
+
+        Returns:
+            The responses.
+        """
+        batch, device = len(prompt_tokens), prompt_tokens.device
+        out = _Columns(batch, self.sampling.max_new_tokens, self.special.pad, device)
+        uniforms = uniforms.to(device)
+        eos = torch.tensor(self.special.eos, device=device)
+
+        rows = torch.arange(batch, device=device)  # which rows are still in the batch
+        alive = torch.ones(batch, dtype=torch.bool, device=device)  # which of those have not ended
+        text = _Text(prompt_tokens, None if self.policy.is_unpadded(prompt_mask) else prompt_mask)
+        step = self._read(text, None)
+        for t in range(self.sampling.max_new_tokens):
+            tokens, logprobs, kept = draw(
+                step.logits, uniforms[rows, t], self.sampling, self._forbidden(t, step.logits)
+            )
+            out.write(t, rows[alive], alive, tokens, logprobs, step.values, kept)
+            ended = torch.isin(tokens, eos)
+            if self.stopping is not None:
+                ended |= self.stopping(out.tokens[rows, : t + 1], None)
+            alive &= ~ended
+            remaining = int(alive.sum())
+            is_last = t + 1 == self.sampling.max_new_tokens
+            if remaining == 0 or (is_last and not self.with_final_values):
+                break
+            text.append(tokens)
+            cache = step.cache
+            if len(rows) - remaining >= DROP_FINISHED_AT * len(rows):
+                index = alive.nonzero().squeeze(1)
+                rows, alive = rows[index], alive[index]
+                text.select(index)
+                if cache is not None:
+                    cache.batch_select_indices(index)
+            step = self._read(text, cache)
+
+        out.truncated[rows[alive]] = True
+        if self.with_final_values and step.values is not None and bool(alive.any()):
+            out.final_values[rows[alive]] = step.values[alive].to(out.final_values.dtype)
+        return out.decoded(self.with_final_values)
+
+    def _read(self, text: _Text, cache: Any) -> NextToken:
+        return self.policy.next_token(text.tokens if cache is None else text.tokens[:, -1:], text.mask, cache)
+
+    def _forbidden(self, t: int, logits: Tensor) -> Tensor | None:
+        if t >= self.sampling.min_new_tokens:
+            return None
+        forbidden = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+        forbidden[list(self.special.eos)] = True
+        return forbidden
+
+
+@dataclass(slots=True)
+class _Text:
+    """Everything written so far, prompt and response; the mask is None while no row is padded."""
+
+    tokens: Tensor
+    mask: Tensor | None
+
+    def append(self, tokens: Tensor) -> None:
+        self.tokens = torch.cat([self.tokens, tokens[:, None]], dim=1)
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+
+    def select(self, index: Tensor) -> None:
+        self.tokens = self.tokens[index]
+        self.mask = None if self.mask is None else self.mask[index]
+
+
+class _Columns:
+    """What is written at every step, for all rows of the batch."""
+
+    def __init__(self, batch: int, length: int, pad: int, device: torch.device) -> None:
+        def empty() -> Tensor:
+            return torch.zeros(batch, length, dtype=torch.float32, device=device)
+
+        self.tokens = torch.full((batch, length), pad, dtype=torch.long, device=device)
+        self.mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
+        self.logprobs, self.values, self.kept_mass = empty(), empty(), empty()
+        self.truncated = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.final_values = torch.zeros(batch, dtype=torch.float32, device=device)
+        self.length = 0
+        self.with_values = self.with_kept_mass = False
+
+    def write(
+        self,
+        t: int,
+        rows: Tensor,
+        alive: Tensor,
+        tokens: Tensor,
+        logprobs: Tensor,
+        values: Tensor | None,
+        kept_mass: Tensor | None,
+    ) -> None:
+        """Fills column t of the rows that have not ended."""
+        self.length = t + 1
+        self.mask[rows, t] = True
+        self.tokens[rows, t] = tokens[alive]
+        self.logprobs[rows, t] = logprobs[alive]
+        self.kept_mass[rows, t] = 1.0 if kept_mass is None else kept_mass[alive]
+        self.with_kept_mass |= kept_mass is not None
+        if values is not None:
+            self.with_values = True
+            self.values[rows, t] = values[alive].float()
+
+    def decoded(self, with_final_values: bool) -> Decoded:
+        """The columns that were written."""
+        n = self.length
+        return Decoded(
+            tokens=self.tokens[:, :n],
+            mask=self.mask[:, :n],
+            logprobs=self.logprobs[:, :n],
+            truncated=self.truncated,
+            values=self.values[:, :n] if self.with_values else None,
+            final_values=self.final_values if with_final_values else None,
+            kept_mass=self.kept_mass[:, :n] if self.with_kept_mass else None,
+        )

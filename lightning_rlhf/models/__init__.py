@@ -1,0 +1,1 @@
+"""Networks: how they are loaded, called, adapted and saved."""

@@ -1,0 +1,142 @@
+"""One way to call any decoder-only model of transformers, found out by trying rather than by name."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(slots=True)
+class DecoderOutput:
+    """What a model says about the positions that were asked for.
+
+    Attributes:
+        logits: As the model gives them, soft caps and all.
+        states: What its language-modelling head read.
+        cache: Keys and values so far, or None where the model keeps none.
+    """
+
+    logits: Float[Tensor, "batch positions vocabulary"]
+    states: Float[Tensor, "batch positions width"]
+    cache: Any = None
+
+
+class Decoder(nn.Module):
+    """A decoder-only model, whatever its arguments are called.
+
+    Args:
+        model: Any ``...ForCausalLM`` of transformers.
+
+    Attributes:
+        caches: Whether it can be decoded from a cache, token by token.
+        pads: Whether left padding leaves its logits alone.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.accepted = frozenset(inspect.signature(model.forward).parameters)
+        self.caches = {"past_key_values", "use_cache"} <= self.accepted
+        self.pads = "attention_mask" in self.accepted
+
+    @property
+    def width(self) -> int:
+        """Width of the states that the head reads."""
+        return int(self.model.get_output_embeddings().weight.shape[1])
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many tokens a row may have, prompt and response together; None if the config names no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch new"],
+        mask: Bool[Tensor, "batch total"] | None,
+        keep: int,
+        cache: Any = None,
+        use_cache: bool = False,
+    ) -> DecoderOutput:
+        """Reads tokens, after those in the cache if there is one.
+
+        Args:
+            tokens: What to read.
+            mask: True where a token is real, those in the cache included; None if all are.
+            keep: For how many of the last positions logits are wanted.
+            cache: From an earlier call.
+            use_cache: Whether the output should hold a cache.
+
+        Returns:
+            Logits, states and cache.
+        """
+        arguments: dict[str, Any] = {}
+        if mask is not None:
+            arguments["attention_mask"] = mask.long()
+            arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        arguments["logits_to_keep"] = keep
+        arguments["use_cache"] = use_cache
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        arguments = {name: value for name, value in arguments.items() if name in self.accepted}
+
+        states: list[Tensor] = []
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+        try:
+            output = self.model(input_ids=tokens, **arguments)
+        finally:
+            handle.remove()
+        return DecoderOutput(
+            output.logits[:, -keep:], states[-1][:, -keep:], output.past_key_values if use_cache else None
+        )
+
+    @torch.no_grad()
+    def probe(self) -> None:
+        """Tries with a few tokens what the model can do, sets ``pads`` and ``caches``, and warns of what it cannot."""
+        was_training = self.training
+        self.eval()
+        device = self.model.get_input_embeddings().weight.device
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        tokens = (torch.arange(6, device=device) % vocabulary)[None]
+        plain = self(tokens, None, keep=2).logits
+        try:
+            self.pads = self.pads and self._pads(tokens, plain)
+            self.caches = self.caches and self._caches(tokens, plain)
+        finally:
+            self.train(was_training)
+        name = type(self.model).__name__
+        if not self.caches:
+            rank_zero_warn(f"{name} cannot be decoded from a cache: every token reads the whole text again.")
+        if not self.pads:
+            rank_zero_warn(f"{name} cannot be padded on the left: the prompts of a batch must be equally long.")
+
+    def _pads(self, tokens: Tensor, plain: Tensor) -> bool:
+        padded = torch.cat([tokens.new_zeros(1, 3), tokens], dim=1)
+        mask = torch.ones_like(padded, dtype=torch.bool)
+        mask[:, :3] = False
+        return _same(self(padded, mask, keep=2).logits, plain)
+
+    def _caches(self, tokens: Tensor, plain: Tensor) -> bool:
+        rows = torch.cat([tokens, tokens.flip(1)])
+        start = self(rows[:, :-1], None, keep=1, use_cache=True)
+        if not hasattr(start.cache, "batch_select_indices"):
+            return False
+        start.cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=tokens.device))
+        step = self(tokens[:, -1:], None, keep=1, cache=start.cache, use_cache=True)
+        return _same(torch.cat([start.logits[:1], step.logits], dim=1), plain)
+
+
+def _same(logits: Tensor, expected: Tensor) -> bool:
+    """Whether logits differ by rounding only, measured against their spread."""
+    tolerance = 1e-3 if torch.finfo(expected.dtype).bits >= 32 else 0.1
+    logits, expected = logits.float(), expected.float()
+    return bool((logits - expected).abs().max() <= tolerance * expected.std())

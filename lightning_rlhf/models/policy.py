@@ -1,0 +1,131 @@
+"""The policy with its heads, reached through one module's forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lightning_rlhf.functional.logprobs import response_inputs, response_logprobs
+from lightning_rlhf.models.decoder import Decoder
+
+
+class Responses(Protocol):
+    """Prompts, padded left, and what was written after them, padded right."""
+
+    prompt_tokens: Int[Tensor, "batch prompt"]
+    prompt_mask: Bool[Tensor, "batch prompt"]
+    response_tokens: Int[Tensor, "batch response"]
+    response_mask: Bool[Tensor, "batch response"]
+
+
+@dataclass(slots=True)
+class PolicyOutput:
+    """What a policy says about responses; entry ``t`` belongs to response token ``t``.
+
+    Attributes:
+        logprobs: Of the tokens, at the policy's temperature.
+        entropy: Of the distributions that they were drawn from, in nats.
+        values: Of the states before the tokens; None without a value head.
+    """
+
+    logprobs: Float[Tensor, "batch response"]
+    entropy: Float[Tensor, "batch response"]
+    values: Float[Tensor, "batch response"] | None = None
+
+
+@dataclass(slots=True)
+class NextToken:
+    """What a policy says about the token to come.
+
+    Attributes:
+        logits: Before division by the temperature.
+        values: Of the state before it; None without a value head.
+        cache: What the next step needs; None where the whole text is read again.
+    """
+
+    logits: Float[Tensor, "batch vocabulary"]
+    values: Float[Tensor, " batch"] | None
+    cache: Any
+
+
+class Policy(nn.Module):
+    """A language model that writes responses, with an optional value head on its last states.
+
+    Args:
+        decoder: The model.
+        temperature: What logits are divided by, when sampling and whenever log-probs are taken.
+        value_head: Reads the states that the language-modelling head reads.
+    """
+
+    def __init__(self, decoder: Decoder, temperature: float = 1.0, value_head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.temperature = temperature
+        self.value_head = value_head
+
+    def forward(self, batch: Responses) -> PolicyOutput:
+        """Log-probs, entropies and values of responses.
+
+        Args:
+            batch: Prompts and responses; what lies in the padding changes nothing.
+
+        Returns:
+            Everything per response token, with gradients.
+
+        Raises:
+            ValueError: If prompts are padded and the model cannot be.
+        """
+        tokens = response_inputs(
+            torch.where(batch.prompt_mask, batch.prompt_tokens, 0),
+            torch.where(batch.response_mask, batch.response_tokens, 0),
+        )
+        # Right padding comes after everything that counts, where a causal model does not look.
+        mask = None
+        if not self.is_unpadded(batch.prompt_mask):
+            mask = response_inputs(batch.prompt_mask, batch.response_mask)
+        output = self.decoder(tokens, mask, keep=batch.response_tokens.shape[1])
+        targets = torch.where(batch.response_mask, batch.response_tokens, 0)
+        logprobs, entropy = response_logprobs(output.logits, targets, self.temperature)
+        return PolicyOutput(logprobs, entropy, None if self.value_head is None else self.value_head(output.states))
+
+    def is_unpadded(self, prompt_mask: Bool[Tensor, "batch prompt"]) -> bool:
+        """Whether all prompts are equally long.
+
+        Args:
+            prompt_mask: True where a token is real.
+
+        Returns:
+            True if no token is padding.
+
+        Raises:
+            ValueError: If some is, and the model cannot be padded.
+        """
+        unpadded = bool(prompt_mask.all())
+        if not unpadded and not self.decoder.pads:
+            raise ValueError(
+                f"`policy={type(self.decoder.model).__name__}` cannot be padded on the left, and the prompts of this "
+                "batch differ in length: use prompts of one length, or a batch size of 1."
+            )
+        return unpadded
+
+    @torch.no_grad()
+    def next_token(
+        self, tokens: Int[Tensor, "batch new"], mask: Bool[Tensor, "batch total"] | None, cache: Any
+    ) -> NextToken:
+        """One step of decoding.
+
+        Args:
+            tokens: What has not been read yet.
+            mask: True where a token is real, those read before included; None if all are.
+            cache: From the step before; None at the start, and always where the decoder keeps none.
+
+        Returns:
+            Logits and value at the last position.
+        """
+        output = self.decoder(tokens, mask, keep=1, cache=cache, use_cache=self.decoder.caches)
+        values = None if self.value_head is None else self.value_head(output.states)[:, 0]
+        return NextToken(output.logits[:, 0], values, output.cache)

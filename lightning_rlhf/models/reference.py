@@ -1,0 +1,101 @@
+"""The frozen model that a policy must not stray from."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lightning_rlhf.batches import Rollouts
+from lightning_rlhf.models.decoder import Decoder
+from lightning_rlhf.models.policy import Policy
+
+
+class Reference:
+    """A frozen policy, out of sight of whatever looks for modules to train, save or shard.
+
+    Args:
+        network: Frozen here.
+        is_named: Whether a name or folder says where its weights come from; if not, they are part of its state.
+    """
+
+    def __init__(self, network: Policy, is_named: bool) -> None:
+        self.network = network.requires_grad_(False).eval()
+        self.is_named = is_named
+
+    @classmethod
+    def copied_from(cls, policy: Policy, is_named: bool) -> Reference:
+        """A reference that is a full copy of the policy as it is now, without the value head.
+
+        Args:
+            policy: Left as it is.
+            is_named: As above.
+
+        Returns:
+            The reference.
+        """
+        decoder = Decoder(copy.deepcopy(policy.decoder.model))
+        decoder.pads, decoder.caches = policy.decoder.pads, policy.decoder.caches
+        return cls(Policy(decoder, policy.temperature), is_named)
+
+    @torch.no_grad()
+    def logprobs(self, rollouts: Rollouts, batch_size: int) -> Float[Tensor, "batch response"]:
+        """Log-probs of responses under the reference.
+
+        Args:
+            rollouts: What was written.
+            batch_size: Rows of a forward pass; rows of alike length go together.
+
+        Returns:
+            At the policy's temperature, 0 in the padding.
+        """
+        logprobs = torch.zeros_like(rollouts.old_logprobs)
+        for rows in rollouts.response_mask.sum(1).argsort(stable=True).split(batch_size):
+            piece = rollouts.select(rows).trimmed()
+            logprobs[rows, : piece.response_mask.shape[1]] = self.network(piece).logprobs.float()
+        return torch.where(rollouts.response_mask, logprobs, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: a fingerprint, and the weights where they could not be had again."""
+        state: dict[str, Any] = {"fingerprint": fingerprint(self.network)}
+        if not self.is_named:
+            state["weights"] = self.network.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes saved weights back, or makes sure that those at hand are the same.
+
+        Args:
+            state: From :meth:`state_dict`.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        if "weights" in state:
+            self.network.load_state_dict(state["weights"])
+        if fingerprint(self.network) != state["fingerprint"]:
+            raise ValueError(
+                "`reference` is not the one that the checkpoint was trained against: its weights differ. Resume with "
+                "the model that the run began with."
+            )
+
+
+@torch.no_grad()
+def fingerprint(module: nn.Module) -> str:
+    """A short name for a module's weights: equal for equal weights, on any device.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

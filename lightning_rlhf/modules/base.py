@@ -1,0 +1,303 @@
+"""What every algorithm's module shares: networks, tokenizer, text generation, optimizer, saving."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from lightning_rlhf.data.base import RLHFDataModule, run_seed
+from lightning_rlhf.data.tokens import padded, prompt_ids
+from lightning_rlhf.generation.chance import derived_seed, row_uniforms
+from lightning_rlhf.generation.decode import Decoded, DecodeLoop
+from lightning_rlhf.generation.sampling import Sampling, SamplingLike
+from lightning_rlhf.models.decoder import Decoder
+from lightning_rlhf.models.dropout import DropoutValues, disable_dropout, original_dropout
+from lightning_rlhf.models.loading import ModelLike, ModelSpec, SpecialTokens, fit_embeddings, load_tokenizer
+from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.models.reference import Reference
+from lightning_rlhf.modules.arguments import given_arguments, plain_arguments, reject_unknown
+from lightning_rlhf.modules.optimization import OptimizerLike, SchedulerLike, make_optimizer, make_scheduler
+from lightning_rlhf.strategies.checkpoint_io import make_checkpoints_atomic, replace_synced
+
+STATE = "lightning_rlhf"
+"""The key under which checkpoints hold what is neither weight nor optimizer."""
+
+
+class RLHFModule(L.LightningModule, ABC):
+    """A policy that learns.
+
+    Args:
+        policy: The network to train: a name, folder, object, config or :class:`ModelSpec`.
+        tokenizer: Of the policy; by default the one beside its weights. An object, name or folder.
+        disable_dropout: Whether dropout is 0 while this module trains; exports have the original values.
+        seed: Of everything random; what ``seed_everything`` set, else 0, by default.
+        optimizer: Makes one optimizer of parameter groups; AdamW with trlX's settings (learning rate 3e-5, betas 0.9
+            and 0.95, weight decay 1e-6) by default.
+        lr_scheduler: ``"constant"``, ``"linear"`` or ``"cosine"`` over the run's progress, or a factory that is
+            stepped after every update.
+        warmup_updates: Updates over which a named schedule rises from 0.
+        **unknown: Refused by name.
+    """
+
+    with_value_head = False
+    policy: Policy
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remembers what the constructor is called with, for checkpoints."""
+        module = super().__new__(cls)
+        module.__dict__["_given"] = given_arguments(cls, args, kwargs)
+        return module
+
+    def __init__(
+        self,
+        policy: ModelLike,
+        *,
+        tokenizer: Any = None,
+        disable_dropout: bool = True,
+        seed: int | None = None,
+        optimizer: OptimizerLike = None,
+        lr_scheduler: SchedulerLike = "constant",
+        warmup_updates: int = 0,
+        **unknown: Any,
+    ) -> None:
+        reject_unknown(type(self), unknown)
+        super().__init__()
+        self.spec = ModelSpec.of(policy)
+        self.seed = run_seed(seed)
+        self.disable_dropout = disable_dropout
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.warmup_updates = warmup_updates
+        self.sampling = Sampling()
+        self._tokenizer = tokenizer
+        self._dropout: DropoutValues = []
+        self._stopping: dict[tuple[str, ...], Any] = {}
+        self.reference: Reference | None = None
+        self.save_hyperparameters(plain_arguments(self.__dict__.pop("_given") | {"seed": self.seed}))
+
+    # --- networks -----------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the policy; loaded when it is first asked for."""
+        if self._tokenizer is None or isinstance(self._tokenizer, str | os.PathLike):
+            self._tokenizer = load_tokenizer(self._tokenizer, self.spec)
+        return self._tokenizer
+
+    @property
+    def is_built(self) -> bool:
+        """Whether the networks are there."""
+        return "policy" in self._modules
+
+    def configure_model(self) -> None:
+        """Builds the networks; the same on every rank, whatever was drawn before. Does nothing a second time."""
+        if not self.is_built:
+            with isolate_rng():
+                torch.manual_seed(derived_seed(self.seed, "build"))
+                self.build()
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, RLHFDataModule):
+            data.tokenizer, data.max_tokens = self.tokenizer, self.max_prompt_tokens
+
+    def build(self) -> None:
+        """Makes the policy, under a random state that depends on the seed alone."""
+        self.policy = Policy(self.load_decoder(self.spec), self.sampling.temperature or 1.0)
+        if self.with_value_head:
+            self.policy.value_head = self.make_value_head(self.policy.decoder)
+        # From here on the mode is Lightning's: it leaves a model in evaluation mode as it is, without dropout.
+        self.policy.train()
+        self.special_tokens = SpecialTokens.of(self.tokenizer, self.policy.decoder.model)
+
+    def load_decoder(self, spec: ModelSpec) -> Decoder:
+        """Loads a model, fits it to the tokenizer, and finds out what it can do.
+
+        Args:
+            spec: Of the model.
+
+        Returns:
+            The model, ready to be called.
+        """
+        model = spec.load()
+        fit_embeddings(model, self.tokenizer)
+        if self.disable_dropout:
+            self._dropout += disable_dropout(model)
+        decoder = Decoder(model)
+        decoder.probe()
+        return decoder
+
+    def make_value_head(self, decoder: Decoder) -> nn.Module:
+        """The head of modules that learn values."""
+        from lightning_rlhf.models.heads import ValueHead
+
+        weight = decoder.model.get_output_embeddings().weight
+        return ValueHead(decoder.width).to(weight.device)
+
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        """How long a row of data may be, in tokens; None is no limit."""
+        return self.policy.decoder.max_positions
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
+        reference = self.__dict__.get("reference")
+        if reference is not None:  # it stays out of the module tree, but goes where the policy goes
+            reference.network._apply(fn)
+        return super()._apply(fn, recurse)
+
+    # --- text ---------------------------------------------------------------------------------------------------
+
+    def decode(
+        self,
+        prompt_tokens: Tensor,
+        prompt_mask: Tensor,
+        uniforms: Tensor,
+        sampling: Sampling,
+        with_final_values: bool = False,
+    ) -> Decoded:
+        """Writes responses with the policy as it is, dropout off.
+
+        Args:
+            prompt_tokens: (batch, prompt), padded left.
+            prompt_mask: (batch, prompt), True where a token is real.
+            uniforms: (batch, max_new_tokens), what chance says.
+            sampling: How tokens are drawn.
+            with_final_values: Whether to read the value after the last token of responses that are cut off.
+
+        Returns:
+            The responses.
+
+        Raises:
+            ValueError: If a prompt leaves no room for its response.
+        """
+        room = self.policy.decoder.max_positions
+        length = prompt_tokens.shape[1]
+        if room is not None and length + sampling.max_new_tokens > room:
+            i = int(prompt_mask.sum(1).argmax())
+            raise ValueError(
+                f"`prompts`: number {i} of the batch has {length} tokens, which with `max_new_tokens="
+                f"{sampling.max_new_tokens}` is more than the policy's {room} positions: shorten it or leave it out."
+            )
+        loop = DecodeLoop(self.policy, sampling, self.special_tokens, self._criteria(sampling.stop), with_final_values)
+        was_training = self.policy.training
+        self.policy.eval()
+        try:
+            return loop(prompt_tokens, prompt_mask, uniforms)
+        finally:
+            self.policy.train(was_training)
+
+    def texts(self, tokens: Tensor, mask: Tensor) -> list[str]:
+        """Responses as text, without special tokens.
+
+        Args:
+            tokens: (batch, response).
+            mask: (batch, response), True where a token is real.
+
+        Returns:
+            A string each.
+        """
+        rows = [row[row_mask].tolist() for row, row_mask in zip(tokens.cpu(), mask.cpu(), strict=True)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def generate(
+        self, prompts: Sequence[Any], sampling: SamplingLike = None, batch_size: int = 32, seed: int | None = None
+    ) -> list[str]:
+        """Writes a response to every prompt.
+
+        Args:
+            prompts: Strings, or lists of chat messages.
+            sampling: What differs from the module's own sampling, such as ``{"temperature": 0}``.
+            batch_size: Prompts that are answered side by side.
+            seed: The same seed gives the same responses; the module's own by default.
+
+        Returns:
+            The responses, without special tokens.
+        """
+        if isinstance(prompts, str):
+            raise TypeError(f"`prompts={prompts!r}` must be a list of prompts: write [{prompts!r}].")
+        if not self.is_built:
+            self.configure_model()
+        sampling = self.sampling.but(sampling)
+        seed = self.seed if seed is None else seed
+        responses: list[str] = []
+        for start in range(0, len(prompts), batch_size):
+            rows = [prompt_ids(prompt, self.tokenizer) for prompt in prompts[start : start + batch_size]]
+            tokens, mask = padded(rows, self.special_tokens.pad, "left")
+            uniforms = row_uniforms(seed, "generate", (), range(start, start + len(rows)), sampling.max_new_tokens)
+            decoded = self.decode(tokens.to(self.device), mask.to(self.device), uniforms, sampling)
+            responses += self.texts(decoded.tokens, decoded.mask)
+        return responses
+
+    def _criteria(self, stop: tuple[str, ...]) -> Any:
+        """Finds stop strings on ids; made once, since it looks at the whole vocabulary."""
+        if stop and stop not in self._stopping:
+            from transformers import StopStringCriteria
+
+            self._stopping[stop] = StopStringCriteria(self.tokenizer, list(stop))
+        return self._stopping.get(stop)
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def progress(self) -> float:
+        """How far the run has come, from 0 to 1."""
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Looks at the trainer before anything else does, and gives the data its tokenizer."""
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "`Trainer(strategy='fsdp')` is FSDP1, which cannot train these modules: use "
+                "`ModelParallelStrategy`, which is FSDP2."
+            )
+        make_checkpoints_atomic(self.trainer.strategy)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, RLHFDataModule):
+            data.tokenizer = self.tokenizer
+        return []
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimizer, with a group of parameters for the model and one for the value head."""
+        parts: dict[str, nn.Module] = {"policy": self.policy.decoder}
+        if self.policy.value_head is not None:
+            parts["value"] = self.policy.value_head
+        groups = [
+            {"params": [p for p in part.parameters() if p.requires_grad], "name": name} for name, part in parts.items()
+        ]
+        optimizer = make_optimizer(self.optimizer, [group for group in groups if group["params"]])
+        scheduler = make_scheduler(self.lr_scheduler, optimizer, self.warmup_updates, self.progress)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- saving -------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes model and tokenizer as a plain Hugging Face folder, with the original dropout values.
+
+        Everything is written beside the folder first; files of the same name in it are then replaced one by one.
+
+        Args:
+            folder: Where to; made if it is missing.
+        """
+        if not self.is_built:
+            self.configure_model()
+        if self.global_rank != 0:
+            return
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
+            with original_dropout(self._dropout):
+                self.policy.decoder.model.save_pretrained(beside)
+            self.tokenizer.save_pretrained(beside)
+            for path in sorted(path for path in Path(beside).rglob("*") if path.is_file()):
+                place = target / path.relative_to(beside)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                replace_synced(path, place)

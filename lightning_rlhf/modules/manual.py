@@ -1,0 +1,222 @@
+"""Several optimizer steps in one ``training_step``: what Lightning leaves to whoever optimises by hand."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_rlhf.batches import Experience
+from lightning_rlhf.functional.averaging import Averaging
+from lightning_rlhf.functional.kl import k3
+from lightning_rlhf.functional.masked import mean_and_variance, moments
+from lightning_rlhf.generation.chance import derived_seed
+from lightning_rlhf.models.loading import ModelLike
+from lightning_rlhf.modules.base import RLHFModule
+from lightning_rlhf.modules.minibatches import Minibatch, MinibatchPlan
+from lightning_rlhf.modules.ranks import rank, sum_over_ranks
+from lightning_rlhf.modules.report import Report
+
+
+class ManualModule(RLHFModule):
+    """A module that learns from an iteration's experience in epochs of minibatches.
+
+    It clips, accumulates and schedules by itself, so these are arguments here and not flags of the Trainer.
+
+    Args:
+        policy: The network to train.
+        num_epochs: How often each response is learnt from.
+        minibatch_size: Responses of an optimizer step, per process; the last one of an epoch may have fewer.
+        micro_batch_size: Responses of a backward pass, per process; a whole minibatch by default. It changes memory
+            and time, never a result.
+        averaging: What a loss is averaged over: ``"tokens"`` or ``"responses"`` of the minibatch, or by the fixed
+            ``"length"`` ``max_new_tokens``.
+        max_grad_norm: Gradients are clipped to this norm, over all parameters; None does not clip. trlX has none.
+        target_kl: After a minibatch whose mean k3 of the policy that sampled against the one that learns exceeds this
+            many nats a token, the iteration's remaining updates are skipped.
+        **kwargs: Passed to :class:`RLHFModule`.
+    """
+
+    def __init__(
+        self,
+        policy: ModelLike,
+        *,
+        num_epochs: int = 4,
+        minibatch_size: int = 32,
+        micro_batch_size: int | None = None,
+        averaging: Averaging = "tokens",
+        max_grad_norm: float | None = 1.0,
+        target_kl: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, **kwargs)
+        self.automatic_optimization = False
+        sizes = {"num_epochs": num_epochs, "minibatch_size": minibatch_size, "micro_batch_size": micro_batch_size or 1}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"`{name}={size}` must be at least 1.")
+        if averaging not in ("tokens", "responses", "length"):
+            raise ValueError(f"`averaging={averaging!r}` must be 'tokens', 'responses' or 'length'.")
+        for name, limit in {"max_grad_norm": max_grad_norm, "target_kl": target_kl}.items():
+            if limit is not None and not limit > 0:
+                raise ValueError(f"`{name}={limit}` must be positive, or None for no limit.")
+        self.num_epochs = num_epochs
+        self.minibatch_size = minibatch_size
+        self.micro_batch_size = micro_batch_size
+        self.averaging: Averaging = averaging
+        self.max_grad_norm = max_grad_norm
+        self.target_kl = target_kl
+
+        self.iteration = 0
+        self.report = Report()
+        self.rows_of_largest = 0  # of the process that has most, in the present iteration
+        self._planned_updates = self._updates_done = 0
+        self._drift = torch.zeros(3, dtype=torch.float64)  # moments of k3 over the present minibatch
+
+    @abstractmethod
+    def loss(self, batch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective, negated, one term per token; the caller weighs and adds up.
+
+        Args:
+            batch: Some rows of the experience.
+
+        Returns:
+            Terms and metrics, (batch, response) each. A metric whose name ends in ``/loss`` is averaged as the loss
+            is, any other over tokens.
+        """
+
+    def minibatches(self, experience: Experience) -> Iterator[Minibatch]:
+        """Epochs of shuffled minibatches with weights, fewer once an update has strayed beyond ``target_kl``.
+
+        Args:
+            experience: The rows of this process.
+
+        Yields:
+            What the next :meth:`update` learns from.
+        """
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "minibatches", self.iteration, rank()))
+        plan = MinibatchPlan(
+            experience,
+            num_epochs=self.num_epochs,
+            minibatch_size=self.minibatch_size,
+            micro_batch_size=self.micro_batch_size,
+            averaging=self.averaging,
+            length=self.sampling.max_new_tokens,
+            generator=generator,
+            rows_of_largest=self.rows_of_largest,
+        )
+        self._planned_updates, self._updates_done = len(plan), 0
+        for minibatch in plan:
+            yield minibatch
+            if self._strayed_too_far():
+                break
+        self._updates_done = 0
+
+    def update(self, minibatch: Minibatch) -> None:
+        """One optimizer step: micro-batches forward and backward, then clip, step, schedule.
+
+        Args:
+            minibatch: Its micro-batches, with weights.
+        """
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self._drift.zero_()
+        losses: dict[str, list[Tensor]] = {}
+        for i, batch in enumerate(minibatch.micro_batches):
+            torch.manual_seed(derived_seed(self.seed, "noise", self.trainer.global_step, i, rank()))
+            terms, metrics = self.loss(batch)
+            assert batch.weights is not None
+            counts = batch.weights != 0
+            self.manual_backward(torch.where(counts, batch.weights * terms, 0.0).sum())
+            for name, values in metrics.items():
+                if name.endswith("/loss"):
+                    part = torch.where(counts, batch.weights * values.detach(), 0.0).sum()
+                    losses.setdefault(name, []).append(part)
+                else:
+                    self.report.add(name, values, counts)
+        for name, parts in losses.items():
+            self.report.add(name, torch.stack(parts).sum())
+        self.report.add("optim/lr", torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64))
+        optimizer.step()
+        self._updates_done += 1
+        scheduler: Any = self.lr_schedulers()
+        scheduler.step()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clips gradients, after they were unscaled and before they are used."""
+        for parameter in self.resting_parameters():
+            parameter.grad = None  # an optimizer leaves alone what has no gradient, its weight decay included
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)  # Lightning leaves that to fused optimizers, which do it too late to clip
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        self.report.add("optim/grad_norm", norm)  # of the mean over ranks, which all of them hold
+
+    def resting_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters that the present iteration leaves as they are."""
+        return ()
+
+    def ratio(self, logprobs: Tensor, batch: Experience) -> Tensor:
+        """Probability of each token now over that when it was sampled.
+
+        Where an iteration makes one update only, the log-probs themselves, detached, are the old ones, and the ratio
+        is exactly 1.
+
+        Args:
+            logprobs: (batch, response), under the policy now.
+            batch: What was sampled.
+
+        Returns:
+            (batch, response), 1 where nothing was.
+        """
+        mask = batch.sampled_mask
+        log_ratio = torch.where(mask, logprobs - batch.old_logprobs, 0.0)
+        counts = mask if batch.weights is None else batch.weights != 0
+        if self._updates_done == 0:
+            self.report.add("policy/sampler_gap", log_ratio.abs(), counts)
+        if self.target_kl is not None:
+            drift = k3(torch.zeros_like(log_ratio), log_ratio)
+            self._drift = self._drift.to(drift.device) + moments(drift, counts)
+        if self._planned_updates == 1:
+            log_ratio = torch.where(mask, logprobs - logprobs.detach(), 0.0)
+        return log_ratio.exp()
+
+    def _strayed_too_far(self) -> bool:
+        """Whether the last minibatch was so far from the policy that sampled that the iteration ends; a collective."""
+        if self.target_kl is None:
+            return False
+        mean, _ = mean_and_variance(sum_over_ranks(self._drift))
+        return float(mean) > self.target_kl
+
+    def progress(self) -> float:
+        """The larger of iterations done over those planned, and updates done over ``max_steps``."""
+        trainer = self.trainer
+        shares = [0.0]
+        if trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.num_training_batches != float("inf"):
+            within = self._updates_done / self._planned_updates if self._planned_updates else 0.0
+            shares.append((self.iteration + within) / (trainer.max_epochs * trainer.num_training_batches))
+        if trainer.max_steps > 0:
+            shares.append(trainer.global_step / trainer.max_steps)
+        return min(1.0, max(shares))
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuses flags of the Trainer that cannot work with updates by hand, and says what to use instead."""
+        trainer = self.trainer
+        if trainer.gradient_clip_val is not None:
+            raise ValueError(
+                f"`Trainer(gradient_clip_val={trainer.gradient_clip_val})` does not reach the updates of "
+                f"{type(self).__name__}: give it `max_grad_norm={trainer.gradient_clip_val}` instead."
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"`Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches})` does not reach the updates of "
+                f"{type(self).__name__}: give it a `micro_batch_size` smaller than `minibatch_size` instead."
+            )
+        return super().configure_callbacks()

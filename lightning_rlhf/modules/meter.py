@@ -1,0 +1,51 @@
+"""Statistics over an iteration, reduced like losses: sums over counts, over all processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.functional.masked import mean_and_variance, moments
+from lightning_rlhf.modules.ranks import sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Mean and sample standard deviation (``ddof=1``) of a quantity, over all that was added on all processes."""
+
+    mean: float
+    std: float
+
+
+class Meter:
+    """Counts, sums and sums of squares under names; all processes must use the same ones."""
+
+    def __init__(self) -> None:
+        self._moments: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
+        """Adds numbers to a quantity.
+
+        Args:
+            name: As it is logged.
+            values: Of any shape.
+            mask: True where one counts; all do by default.
+        """
+        added = moments(values, mask)
+        self._moments[name] = self._moments[name] + added if name in self._moments else added
+
+    def reduce(self) -> dict[str, Statistic]:
+        """What was added on all processes since the last call, in one collective.
+
+        Returns:
+            The statistics, by name.
+        """
+        names = sorted(self._moments)
+        if not names:
+            return {}
+        means, variances = mean_and_variance(sum_over_ranks(torch.stack([self._moments[n] for n in names])), ddof=1)
+        self._moments.clear()
+        stds = variances.sqrt()
+        return {n: Statistic(*pair) for n, *pair in zip(names, means.tolist(), stds.tolist(), strict=True)}

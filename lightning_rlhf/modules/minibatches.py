@@ -1,0 +1,93 @@
+"""The plan of an iteration's updates: who is in which minibatch, and what a token counts in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.batches import Experience
+from lightning_rlhf.functional.averaging import Averaging, averaging_count, token_weights
+from lightning_rlhf.modules.ranks import gather_over_ranks, world_size
+
+
+@dataclass(slots=True)
+class Minibatch:
+    """What one optimizer step learns from.
+
+    Attributes:
+        micro_batches: Its rows in pieces, with ``weights``; as many on every rank.
+    """
+
+    micro_batches: list[Experience]
+
+
+class MinibatchPlan:
+    """Epochs of shuffled minibatches whose weights no split can change.
+
+    Every token's weight is divided by the count of its *global* minibatch, tokens or responses as ``averaging`` says,
+    and multiplied by the number of ranks, over which gradients are averaged. Making the plan is one collective.
+
+    Args:
+        experience: The rows of this rank.
+        num_epochs: How often each row is learnt from.
+        minibatch_size: Rows of a minibatch, per rank; the last one of an epoch may be smaller.
+        micro_batch_size: Rows of a backward pass; a whole minibatch by default.
+        averaging: What a loss is averaged over.
+        length: The fixed length of ``averaging="length"``, in tokens.
+        generator: Shuffles.
+        rows_of_largest: Rows of the rank that has most.
+    """
+
+    def __init__(
+        self,
+        experience: Experience,
+        *,
+        num_epochs: int,
+        minibatch_size: int,
+        micro_batch_size: int | None,
+        averaging: Averaging,
+        length: int,
+        generator: torch.Generator,
+        rows_of_largest: int,
+    ) -> None:
+        self.experience = experience
+        mask = experience.sampled_mask
+        self.weights = token_weights(mask, averaging, length)  # (batch, response)
+        per_epoch = -(-rows_of_largest // minibatch_size)
+        lengths = experience.response_mask.sum(1)
+        self.pieces: list[list[Tensor]] = []  # (minibatch, micro-batch): rows
+        for _ in range(num_epochs):
+            order = torch.randperm(len(experience), generator=generator).to(mask.device)
+            parts = [order[i * minibatch_size : (i + 1) * minibatch_size] for i in range(per_epoch)]
+            self.pieces += [_by_length(rows, lengths, micro_batch_size or minibatch_size) for rows in parts]
+        counts = averaging_count(mask, averaging).double()
+        mine = [[sum(float(counts[rows].sum()) for rows in pieces), float(len(pieces))] for pieces in self.pieces]
+        plans = gather_over_ranks(torch.tensor(mine, dtype=torch.float64, device=mask.device))  # (rank, minibatch, 2)
+        self.counts = plans[..., 0].sum(0).clamp(min=1.0).tolist()
+        self.most_pieces = plans[..., 1].amax(0).long().tolist()
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        for pieces, count, most in zip(self.pieces, self.counts, self.most_pieces, strict=True):
+            scale = world_size() / count
+            micro_batches = [self._piece(rows, scale) for rows in pieces]
+            # A rank with less to do goes along with a row that counts nothing, so that no other waits for it.
+            filler = torch.zeros(1, dtype=torch.long, device=self.weights.device)
+            micro_batches += [self._piece(filler, 0.0) for _ in range(most - len(pieces))]
+            yield Minibatch(micro_batches)
+
+    def _piece(self, rows: Tensor, scale: float) -> Experience:
+        piece = self.experience.select(rows)
+        piece.weights = self.weights[rows] * scale
+        return piece.trimmed()
+
+
+def _by_length(rows: Tensor, lengths: Tensor, size: int) -> list[Tensor]:
+    """Rows in pieces of alike lengths, so that trimming leaves little padding."""
+    ordered = rows[lengths[rows].argsort(stable=True)]
+    return list(ordered.split(size)) if len(rows) else []

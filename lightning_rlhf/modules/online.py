@@ -1,0 +1,251 @@
+"""One iteration of an online algorithm: roll out, score, make experience of it, update."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_rlhf.batches import Experience, PromptBatch, Rollouts, Scores
+from lightning_rlhf.data.base import RLHFDataModule
+from lightning_rlhf.functional.masked import moments, whiten
+from lightning_rlhf.generation.chance import row_uniforms
+from lightning_rlhf.generation.sampling import Sampling, SamplingLike
+from lightning_rlhf.models.loading import ModelLike, ModelSpec
+from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.models.reference import Reference
+from lightning_rlhf.modules.base import STATE
+from lightning_rlhf.modules.manual import ManualModule
+from lightning_rlhf.modules.ranks import agree, rank, sum_over_ranks, world_size
+from lightning_rlhf.modules.scaling import RewardScaling, ScoreScaler
+from lightning_rlhf.rewards.combine import CombinedReward, RewardLike
+
+
+class OnlineModule(ManualModule):
+    """A policy that learns from what it writes; an algorithm adds :meth:`experience` and :meth:`loss`.
+
+    One ``training_step`` is one iteration. Defaults are trlX's where it has one.
+
+    Args:
+        policy: The network to train: a name, folder, object, config or :class:`ModelSpec`.
+        reward: A callable on prompts and responses, its dotted name, or a list of these, each alone or with a weight.
+        reference: What the policy must not stray from: by default the policy as it was at the start; or a name,
+            folder, object, config or :class:`ModelSpec`.
+        sampling: A :class:`Sampling`, or a dict of its fields.
+        responses_per_prompt: Responses that every prompt gets.
+        kl_coef: Weight of the divergence from the reference, per nat; at 0 there is no reference.
+        kl_in: Whether the divergence is charged to the ``"reward"`` or added to the ``"loss"``.
+        reward_clip: Scores are clipped to this far from 0; None does not clip.
+        reward_scaling: After clipping, divides scores by the standard deviation of all scores so far (``"running"``)
+            or of the first iteration (``"first"``); the mean is never taken off.
+        missing_eos_penalty: Taken off the score of a response that was cut off, before clipping.
+        **kwargs: Passed to :class:`ManualModule` (epochs and minibatches, averaging, clipping) and :class:`RLHFModule`
+            (tokenizer, dropout, seed, optimizer and schedule).
+    """
+
+    def __init__(
+        self,
+        policy: ModelLike,
+        *,
+        reward: RewardLike,
+        reference: ModelLike | None = None,
+        sampling: SamplingLike = None,
+        responses_per_prompt: int = 1,
+        kl_coef: float = 0.001,
+        kl_in: Literal["reward", "loss"] = "reward",
+        reward_clip: float | None = 10.0,
+        reward_scaling: RewardScaling | None = None,
+        missing_eos_penalty: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, **kwargs)
+        if responses_per_prompt < 1:
+            raise ValueError(f"`responses_per_prompt={responses_per_prompt}` must be at least 1.")
+        if kl_in not in ("reward", "loss"):
+            raise ValueError(f"`kl_in={kl_in!r}` must be 'reward' or 'loss': the divergence is charged once.")
+        if not kl_coef >= 0:
+            raise ValueError(f"`kl_coef={kl_coef}` must not be negative: it is the price of leaving the reference.")
+        if reference is not None and kl_coef == 0:
+            raise ValueError(
+                f"`reference={reference!r}` would be read by nothing at `kl_coef=0`: leave one of them out."
+            )
+        self.reward = CombinedReward(reward)
+        self.reference_spec = None if reference is None else ModelSpec.of(reference)
+        self.sampling = Sampling.of(sampling)
+        self.sampling.check_trainable()
+        self.responses_per_prompt = responses_per_prompt
+        self.kl_coef = kl_coef
+        self.kl_in = kl_in
+        self.scaled = ScoreScaler(reward_clip, reward_scaling, missing_eos_penalty)
+        self.with_final_values = False
+
+    # --- an iteration -------------------------------------------------------------------------------------------
+
+    def training_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """One iteration."""
+        started = time.perf_counter()
+        with self.report.timed("time/generate"):
+            rollouts = self.rollout(prompts)
+        with self.report.timed("time/score"):
+            scores = self.score(rollouts)
+        experience = self.experience(rollouts, scores)
+        self.report.observe(experience, self.special_tokens.eos)
+        if experience.ref_logprobs is not None:
+            self.report.add("kl/coef", torch.tensor(self.kl_coef, dtype=torch.float64))
+        self.call_callbacks("on_experience", experience)
+        with self.report.timed("time/update"):
+            for minibatch in self.minibatches(experience):
+                self.update(minibatch)
+        self.report.send(self, self.iteration, experience.response_mask.sum(), time.perf_counter() - started)
+        self.iteration += 1
+
+    @abstractmethod
+    def experience(self, rollouts: Rollouts, scores: Scores) -> Experience:
+        """What the algorithm makes of rollouts and their scores: at least the advantages.
+
+        Args:
+            rollouts: What was written.
+            scores: What the reward gave, as it gave it; ``self.scaled(scores, rollouts)`` clips and scales.
+
+        Returns:
+            All that :meth:`loss` reads.
+        """
+
+    @torch.no_grad()
+    def rollout(self, prompts: PromptBatch) -> Rollouts:
+        """Writes ``responses_per_prompt`` responses to every prompt.
+
+        Row ``j`` of rank ``r`` is row ``j * world_size + r`` of the iteration, whose random numbers depend on the seed,
+        the iteration and that number alone.
+
+        Args:
+            prompts: Of this process.
+
+        Returns:
+            What was written.
+        """
+        group = self.responses_per_prompt
+        if group > 1:
+            prompts = prompts.select(torch.arange(len(prompts)).repeat_interleave(group))
+        rows = [((i // group) * world_size() + rank()) * group + i % group for i in range(len(prompts))]
+        uniforms = row_uniforms(self.seed, "rollout", (self.iteration,), rows, self.sampling.max_new_tokens)
+        decoded = self.decode(
+            prompts.prompt_tokens, prompts.prompt_mask, uniforms, self.sampling, self.with_final_values
+        )
+        return Rollouts(
+            prompt_tokens=prompts.prompt_tokens,
+            prompt_mask=prompts.prompt_mask,
+            prompts=prompts.prompts,
+            metadata=prompts.metadata,
+            response_tokens=decoded.tokens,
+            response_mask=decoded.mask,
+            sampled_mask=decoded.mask,
+            old_logprobs=decoded.logprobs,
+            truncated=decoded.truncated,
+            responses=self.texts(decoded.tokens, decoded.mask),
+            values=decoded.values,
+            final_values=decoded.final_values,
+            kept_mass=decoded.kept_mass,
+        )
+
+    def score(self, rollouts: Rollouts) -> Scores:
+        """Calls the rewards on this process's rows. If one fails anywhere, all processes stop.
+
+        Args:
+            rollouts: What was written.
+
+        Returns:
+            The scores.
+        """
+        error: Exception | None = None
+        scores = Scores(total=torch.zeros(len(rollouts), device=self.device, dtype=torch.float32))
+        try:
+            scores = self.reward(rollouts, self.tokenizer)
+        except (ValueError, TypeError, RuntimeError) as failure:
+            error = failure
+        self.rows_of_largest = agree(error, f"`reward` {self.reward.name!r}", len(rollouts), self.device)
+        return scores
+
+    def reference_logprobs(self, rollouts: Rollouts) -> Tensor | None:
+        """Log-probs of the responses under the reference.
+
+        Args:
+            rollouts: What was written.
+
+        Returns:
+            (batch, response), 0 in the padding; or None while ``kl_coef`` is 0.
+        """
+        if self.kl_coef == 0:
+            return None
+        if self.reference is None:
+            raise ValueError(f"`kl_coef={self.kl_coef}` was 0 when the networks were built: begin above 0.")
+        return self.reference.logprobs(rollouts, self.micro_batch_size or self.minibatch_size)
+
+    def whiten(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Mean 0 and variance 1 over what the mask counts on all ranks.
+
+        Args:
+            x: (batch, response).
+            mask: (batch, response), True where an entry counts.
+
+        Returns:
+            (batch, response), 0 elsewhere.
+        """
+        return whiten(x, mask, sum_over_ranks(moments(x, mask)))
+
+    def call_callbacks(self, hook: str, *args: Any) -> None:
+        """Calls a hook of our own on every callback that has it.
+
+        Args:
+            hook: Such as ``"on_experience"``.
+            *args: What it gets after trainer and module.
+        """
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            method = getattr(callback, hook, None)
+            if method is not None:
+                method(self.trainer, self, *args)
+
+    def on_fit_start(self) -> None:
+        """Says once what a resumed run would lose."""
+        if self.iteration > 0 and not isinstance(getattr(self.trainer, "datamodule", None), RLHFDataModule):
+            rank_zero_warn("Resumed with a data loader that does not remember its place: an epoch begins anew.")
+
+    # --- networks and state -------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Makes the policy and, if one will be read, the reference."""
+        super().build()
+        if self.kl_coef == 0:
+            return
+        if self.reference_spec is None:
+            self.reference = Reference.copied_from(self.policy, self.spec.is_named)
+        else:
+            network = Policy(self.load_decoder(self.reference_spec), self.policy.temperature)
+            self.reference = Reference(network, self.reference_spec.is_named)
+
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        """Positions of the policy less those that a response may need."""
+        room = super().max_prompt_tokens
+        return None if room is None else room - self.sampling.max_new_tokens
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what is neither weight nor optimizer."""
+        checkpoint[STATE] = {
+            "iteration": self.iteration,
+            "kl_coef": self.kl_coef,
+            "scaler": self.scaled.state_dict(),
+            "reference": None if self.reference is None else self.reference.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes it back, and makes sure that the reference is the same."""
+        state = checkpoint[STATE]
+        self.iteration, self.kl_coef = state["iteration"], state["kl_coef"]
+        self.scaled.load_state_dict(state["scaler"])
+        if self.reference is not None and state["reference"] is not None:
+            self.reference.load_state_dict(state["reference"])

@@ -1,0 +1,95 @@
+"""Optimizers and schedules, as the command line and checkpoints understand them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+OptimizerLike = Callable[[Any], Optimizer] | Mapping[str, Any] | None
+"""Makes an optimizer of parameter groups; or ``{"class_path": ..., "init_args": ...}``; None is the default."""
+
+Schedule = Literal["constant", "linear", "cosine"]
+SchedulerLike = Callable[[Optimizer], LRScheduler] | Schedule
+
+
+def default_optimizer(parameters: Any) -> Optimizer:
+    """AdamW with trlX's settings: learning rate 3e-5, betas 0.9 and 0.95, weight decay 1e-6."""
+    return torch.optim.AdamW(parameters, lr=3e-5, betas=(0.9, 0.95), weight_decay=1e-6, fused=True)
+
+
+def make_optimizer(optimizer: OptimizerLike, groups: list[dict[str, Any]]) -> Optimizer:
+    """Builds an optimizer over parameter groups.
+
+    Args:
+        optimizer: A factory, or its plain form.
+        groups: Parameters, with a name each.
+
+    Returns:
+        The optimizer.
+    """
+    if isinstance(optimizer, Mapping):
+        from lightning.pytorch.cli import instantiate_class  # it loads the command line's parser
+
+        return instantiate_class(groups, dict(optimizer))
+    return (optimizer or default_optimizer)(groups)
+
+
+def make_scheduler(
+    scheduler: SchedulerLike, optimizer: Optimizer, warmup_updates: int, progress: Callable[[], float]
+) -> LRScheduler:
+    """Builds a schedule over an optimizer, to be stepped after every update.
+
+    Args:
+        scheduler: A factory, which counts for itself; or a name: the rate stays, falls to 0 in a line, or as half a
+            cosine.
+        optimizer: Whose rates are set.
+        warmup_updates: Over so many updates a named schedule also rises in a line.
+        progress: How far the run has come, from 0 to 1.
+
+    Returns:
+        The scheduler.
+
+    Raises:
+        ValueError: If there is no such name, or warm-up is asked of a factory.
+    """
+    if callable(scheduler):
+        if warmup_updates:
+            raise ValueError(
+                f"`warmup_updates={warmup_updates}` goes with a named `lr_scheduler`: a factory has its own."
+            )
+        return scheduler(optimizer)
+    shapes: dict[str, Callable[[float], float]] = {
+        "constant": lambda p: 1.0,
+        "linear": lambda p: 1.0 - p,
+        "cosine": lambda p: 0.5 * (1.0 + math.cos(math.pi * p)),
+    }
+    if scheduler not in shapes:
+        raise ValueError(f"`lr_scheduler={scheduler!r}` must be one of {sorted(shapes)}, or a factory.")
+    shape = shapes[scheduler]
+
+    def factor(updates: int) -> float:
+        warm = min(1.0, (updates + 1) / warmup_updates) if warmup_updates else 1.0
+        return warm * shape(min(1.0, progress()))
+
+    return LambdaLR(optimizer, factor)
+
+
+def plain_factory(factory: Any) -> Any:
+    """The plain form of an optimizer's factory, for checkpoints.
+
+    Args:
+        factory: A ``functools.partial`` of a class, or anything else.
+
+    Returns:
+        ``{"class_path": ..., "init_args": ...}`` of a partial with plain arguments, else the factory itself.
+    """
+    if isinstance(factory, functools.partial) and isinstance(factory.func, type) and not factory.args:
+        path = f"{factory.func.__module__}.{factory.func.__qualname__}"
+        return {"class_path": path, "init_args": dict(factory.keywords)}
+    return factory

@@ -1,0 +1,74 @@
+"""What processes tell each other."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if _is_distributed() else 1
+
+
+def rank() -> int:
+    """Number of this process among them."""
+    return dist.get_rank() if _is_distributed() else 0
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Adds a tensor up over all processes; a collective.
+
+    Args:
+        tensor: Of one shape on all.
+
+    Returns:
+        The sum, on all.
+    """
+    if _is_distributed():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_over_ranks(tensor: Tensor) -> Tensor:
+    """Collects a tensor from all processes; a collective.
+
+    Args:
+        tensor: Of one shape on all.
+
+    Returns:
+        (ranks, ...), on all.
+    """
+    if not _is_distributed():
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
+
+
+def agree(error: Exception | None, what: str, rows: int, device: torch.device) -> int:
+    """Raises on all processes if one of them has an error, so that none waits for another; a collective.
+
+    Args:
+        error: What went wrong here, if anything did.
+        what: What was being done, for those processes on which it went well.
+        rows: Rows of this process.
+        device: On which processes talk.
+
+    Returns:
+        Rows of the process that has most.
+
+    Raises:
+        RuntimeError: If the error happened elsewhere; here it is raised as it is.
+    """
+    states = gather_over_ranks(torch.tensor([error is not None, rows], device=device, dtype=torch.int64))
+    if error is not None:
+        raise error
+    failed = states[:, 0].nonzero().flatten().tolist()
+    if failed:
+        raise RuntimeError(f"{what} failed on rank {', '.join(map(str, failed))}, whose own error says why.")
+    return int(states[:, 1].max())
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()

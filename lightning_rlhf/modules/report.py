@@ -1,0 +1,80 @@
+"""What an iteration tells loggers, progress bar and callbacks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_rlhf.batches import Experience
+from lightning_rlhf.functional.kl import k1
+from lightning_rlhf.functional.masked import masked_sum
+from lightning_rlhf.modules.meter import Meter
+from lightning_rlhf.modules.ranks import sum_over_ranks
+
+SHOWN = ("reward/mean", "kl/sequence", "speed/tokens_per_second")
+"""What the progress bar shows."""
+
+
+class Report(Meter):
+    """The statistics of an iteration under the names that are logged."""
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the seconds that a block took.
+
+        Args:
+            name: Such as ``"time/score"``.
+        """
+        started = time.perf_counter()
+        yield
+        self.add(name, torch.tensor(time.perf_counter() - started, dtype=torch.float64))
+
+    def observe(self, experience: Experience, eos: tuple[int, ...]) -> None:
+        """Adds what can be said before the updates.
+
+        Args:
+            experience: Of this process.
+            eos: The tokens that end a response.
+        """
+        mask = experience.sampled_mask
+        self.add("reward/mean", experience.scores.total)
+        for name, score in experience.scores.by_name.items():
+            self.add(f"reward/{name}", score, ~score.isnan())
+        lengths = experience.response_mask.sum(1)
+        last = experience.response_tokens.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+        self.add("response/length", lengths)
+        self.add("response/eos_rate", torch.isin(last, torch.tensor(eos, device=last.device)))
+        self.add("response/truncation_rate", experience.truncated)
+        if experience.kept_mass is not None:
+            self.add("policy/kept_mass", experience.kept_mass, mask)
+        if experience.ref_logprobs is not None:
+            log_ratio = k1(experience.old_logprobs, experience.ref_logprobs)
+            self.add("kl/token", log_ratio, mask)
+            self.add("kl/sequence", masked_sum(log_ratio, mask, dim=1))
+
+    def send(self, module: L.LightningModule, iteration: int, tokens: torch.Tensor, seconds: float) -> None:
+        """Reduces over all processes, and logs; a collective.
+
+        Every iteration goes to every logger, whatever ``log_every_n_steps`` says, and to ``trainer.callback_metrics``,
+        where checkpoints and early stopping look.
+
+        Args:
+            module: Whose trainer has the loggers.
+            iteration: The x axis.
+            tokens: That this process wrote.
+            seconds: That the iteration took.
+        """
+        self.add("speed/tokens_per_second", sum_over_ranks(tokens) / seconds)
+        statistics = self.reduce()
+        metrics: dict[str, Any] = {name: statistic.mean for name, statistic in statistics.items()}
+        metrics["reward/std"] = statistics["reward/mean"].std
+        for logger in module.trainer.loggers:
+            logger.log_metrics(metrics, step=iteration)
+        shown = {name: metrics.pop(name) for name in SHOWN if name in metrics}
+        module.log_dict(metrics, logger=False, batch_size=1)
+        module.log_dict(shown, logger=False, prog_bar=True, batch_size=1)

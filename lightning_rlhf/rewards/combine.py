@@ -1,0 +1,89 @@
+"""Several rewards with weights, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.batches import Rollouts, Scores
+from lightning_rlhf.functional.advantages import token_rewards
+from lightning_rlhf.rewards.functions import Reward, RewardFunction, as_tensor, imported
+
+RewardLike = Reward | str | Sequence[Reward | str | tuple[Reward | str, float]]
+"""A callable, its dotted name, or a list of these, each alone or as a pair with its weight."""
+
+
+class CombinedReward:
+    """The weighted sum of one or more rewards.
+
+    Args:
+        rewards: What :data:`RewardLike` allows.
+    """
+
+    def __init__(self, rewards: RewardLike) -> None:
+        items = [rewards] if callable(rewards) or isinstance(rewards, str) else list(rewards)
+        if not items:
+            raise ValueError("`reward=[]` names no reward: give at least one callable.")
+        pairs = [item if isinstance(item, tuple | list) else (item, 1.0) for item in items]
+        self.weights = [float(weight) for _, weight in pairs]
+        self.rewards: list[RewardFunction] = []
+        for reward, _ in pairs:
+            function = RewardFunction(imported(reward) if isinstance(reward, str) else reward)
+            taken = {other.name for other in self.rewards}
+            number = 2
+            name = function.name
+            while name in taken:
+                name, number = f"{function.name}_{number}", number + 1
+            function.name = name
+            self.rewards.append(function)
+
+    def __call__(self, rollouts: Rollouts, tokenizer: Any) -> Scores:
+        """Scores every response with every reward.
+
+        Args:
+            rollouts: What was written.
+            tokenizer: Passed to rewards that ask for it.
+
+        Returns:
+            The scores.
+
+        Raises:
+            ValueError: If a reward returned what does not fit, or no reward applies to a response.
+            RuntimeError: If a reward raised.
+        """
+        results = {reward.name: reward(rollouts, tokenizer) for reward in self.rewards}
+        device, shape = rollouts.response_mask.device, rollouts.response_mask.shape
+        dense = {name for name, scores in results.items() if isinstance(scores[0], list)}
+        by_name: dict[str, Tensor] = {}
+        total = torch.zeros(len(rollouts), dtype=torch.float32, device=device)
+        per_token = torch.zeros(shape, dtype=torch.float32, device=device)
+        applies = torch.zeros(len(rollouts), dtype=torch.bool, device=device)
+        for (name, scores), weight in zip(results.items(), self.weights, strict=True):
+            if name in dense:
+                tokens = torch.stack([_padded(row, shape[1], device) for row in scores])
+                by_name[name] = tokens.sum(1)
+            else:
+                by_name[name] = as_tensor(scores, device)
+                tokens = token_rewards(by_name[name].nan_to_num(0.0), None, rollouts.sampled_mask)
+            applies |= ~by_name[name].isnan()
+            total = total + weight * by_name[name].nan_to_num(0.0)
+            per_token = per_token + weight * tokens
+        if not bool(applies.all()):
+            i = int((~applies).nonzero()[0])
+            raise ValueError(
+                f"`reward` {self.name!r} gave None for response {i} ({rollouts.responses[i]!r}), and no other reward "
+                "applies to it: one must."
+            )
+        return Scores(total=total, by_name=by_name, token_scores=per_token if dense else None)
+
+    @property
+    def name(self) -> str:
+        """The names of all rewards."""
+        return ", ".join(reward.name for reward in self.rewards)
+
+
+def _padded(scores: Any, length: int, device: torch.device) -> Tensor:
+    return as_tensor([*scores, *[0.0] * (length - len(scores))], device)

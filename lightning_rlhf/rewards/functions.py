@@ -1,0 +1,151 @@
+"""Reward functions that users write: what they are called with, and what may come back."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.batches import Rollouts
+
+Reward = Callable[..., Any]
+"""Prompts and responses in; one score per response out, or one list of per-token scores per response."""
+
+
+class RewardFunction:
+    """A callable with a name, whose result is checked.
+
+    Args:
+        function: Gets ``prompts`` and ``responses``, and by keyword whatever else it names (all there is, if it takes
+            ``**kwargs``): the other keys of the prompts' rows, ``response_tokens`` and ``tokenizer``.
+        name: For logs and errors; its own name by default.
+    """
+
+    def __init__(self, function: Reward, name: str | None = None) -> None:
+        if not callable(function):
+            raise TypeError(
+                f"`reward={function!r}` must be callable: it gets prompts and responses, and returns scores."
+            )
+        self.function = function
+        self.name: str = name or getattr(function, "__name__", None) or type(function).__name__
+        self.named, self.takes_all = _parameters(function)
+
+    def __call__(self, rollouts: Rollouts, tokenizer: Any) -> list[float] | list[list[float]]:
+        """Scores every response.
+
+        Args:
+            rollouts: What was written.
+            tokenizer: Passed on if the function wants it.
+
+        Returns:
+            A number per response, NaN where the reward does not apply; or a list per response, one number a token.
+
+        Raises:
+            ValueError: If the result does not fit the responses; the sample is named.
+            RuntimeError: If the function raised.
+        """
+        scores = self._checked_call(rollouts, tokenizer)
+        if len(scores) != len(rollouts):
+            raise ValueError(
+                f"`reward` {self.name!r} returned {len(scores)} scores for {len(rollouts)} responses: it must return "
+                "one for each, in order."
+            )
+        if any(isinstance(score, Sequence | Tensor) or hasattr(score, "__len__") for score in scores):
+            lengths = rollouts.response_mask.sum(1).tolist()
+            return [
+                self._dense(score, length, i) for i, (score, length) in enumerate(zip(scores, lengths, strict=True))
+            ]
+        return [
+            self._number(score, f"response {i}") if score is not None else math.nan for i, score in enumerate(scores)
+        ]
+
+    def _checked_call(self, rollouts: Rollouts, tokenizer: Any) -> list[Any]:
+        arguments = self._arguments(rollouts, tokenizer)
+        positional = () if {"prompts", "responses"} & self.named else (rollouts.prompts, rollouts.responses)
+        try:
+            scores = self.function(*positional, **arguments)
+        except Exception as error:
+            raise RuntimeError(
+                f"`reward` {self.name!r} raised {type(error).__name__}: {error} (on {len(rollouts)} responses, the "
+                f"first of which is {rollouts.responses[0]!r})"
+            ) from error
+        if isinstance(scores, Tensor):
+            scores = scores.detach().cpu().tolist()
+        elif hasattr(scores, "tolist"):
+            scores = scores.tolist()
+        if isinstance(scores, str) or not isinstance(scores, Iterable):
+            raise ValueError(
+                f"`reward` {self.name!r} returned {scores!r}: it must return a list with one score per response."
+            )
+        return list(scores)
+
+    def _arguments(self, rollouts: Rollouts, tokenizer: Any) -> dict[str, Any]:
+        offered: dict[str, Any] = dict(rollouts.metadata)
+        wanted = self.named - {"prompts", "responses"}
+        if self.takes_all or "response_tokens" in wanted:
+            offered["response_tokens"] = [
+                tokens[mask] for tokens, mask in zip(rollouts.response_tokens, rollouts.response_mask, strict=True)
+            ]
+        offered["tokenizer"] = tokenizer
+        if {"prompts", "responses"} & self.named:
+            offered |= {"prompts": rollouts.prompts, "responses": rollouts.responses}
+        return {key: value for key, value in offered.items() if self.takes_all or key in self.named}
+
+    def _number(self, score: Any, where: str) -> float:
+        try:
+            number = float(score)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`reward` {self.name!r} gave {score!r} for {where}: it must be a number.") from error
+        if not math.isfinite(number):
+            raise ValueError(f"`reward` {self.name!r} gave {number} for {where}: it must be finite.")
+        return number
+
+    def _dense(self, scores: Any, length: int, i: int) -> list[float]:
+        numbers = scores.tolist() if hasattr(scores, "tolist") else scores
+        if not isinstance(numbers, Sequence) or len(numbers) != length:
+            raise ValueError(
+                f"`reward` {self.name!r} gave {numbers!r} for response {i}, which has {length} tokens, the ending EOS "
+                "included: dense scores are one number per token."
+            )
+        return [self._number(number, f"token {t} of response {i}") for t, number in enumerate(numbers)]
+
+
+def _parameters(function: Reward) -> tuple[frozenset[str], bool]:
+    """Names that a function can be passed by, and whether it takes any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return frozenset(), False
+    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return frozenset(by_name), any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def imported(name: str) -> Any:
+    """The object behind a dotted name, such as ``"my_reward.score"``.
+
+    Args:
+        name: Module and attribute.
+
+    Returns:
+        What it names.
+
+    Raises:
+        ValueError: If there is no such thing.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"`reward={name!r}` must be a callable or the dotted name of one that can be imported: {error}"
+        ) from error
+
+
+def as_tensor(scores: Sequence[Any], device: torch.device) -> Tensor:
+    """Scores in single precision, whatever the default type is."""
+    return torch.tensor(scores, dtype=torch.float32, device=device)

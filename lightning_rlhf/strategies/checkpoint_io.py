@@ -1,0 +1,77 @@
+"""Checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import Strategy
+
+
+class AtomicCheckpointIO(_WrappingCheckpointIO):
+    """Writes a file beside its target, syncs it, and renames it.
+
+    Lightning writes through the system's temporary folder, which is atomic on one file system only: killed while it
+    copies to another, it leaves neither the old checkpoint nor the new one.
+
+    Args:
+        checkpoint_io: What writes and reads; paths that are not local are its business alone.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Saves to ``<path>.tmp``, and renames that to ``path`` once it is on the disk."""
+        assert self.checkpoint_io is not None
+        if "://" in str(path) or Path(path).is_dir():
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(target.name + ".tmp")
+        try:
+            self.checkpoint_io.save_checkpoint(checkpoint, beside, storage_options)
+            if beside.is_file():
+                replace_synced(beside, target)
+        finally:
+            if beside.is_file():
+                beside.unlink()
+
+
+def replace_synced(source: Path, target: Path) -> None:
+    """Puts a file in the place of another, both before and after on the disk.
+
+    Args:
+        source: A whole file on the same file system.
+        target: What it becomes.
+    """
+    _sync(source)
+    os.replace(source, target)
+    _sync(target.parent)
+
+
+def make_checkpoints_atomic(strategy: Strategy) -> None:
+    """Wraps what a strategy writes checkpoints with, once.
+
+    Args:
+        strategy: Of the trainer.
+    """
+    checkpoint_io: CheckpointIO = strategy.checkpoint_io
+    outer = None
+    while isinstance(checkpoint_io, _WrappingCheckpointIO):
+        if isinstance(checkpoint_io, AtomicCheckpointIO):
+            return
+        outer, checkpoint_io = checkpoint_io, checkpoint_io._checkpoint_io  # type: ignore[assignment]
+    if outer is None:
+        strategy.checkpoint_io = AtomicCheckpointIO(checkpoint_io)
+    else:  # an asynchronous writer stays outside, so that the renaming happens when the writing does
+        outer._checkpoint_io = AtomicCheckpointIO(checkpoint_io)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
