@@ -96,7 +96,7 @@ class ActorCritic(nn.Module):
 
 
 def warm_start(
-    task: RandomWalks, seed: int, epochs: int = 10, batch_size: int = 25, learning_rate: float = 2e-3
+    task: RandomWalks, seed: int, epochs: int = 10, batch_size: int = 25, learning_rate: float = 1e-3
 ) -> GPT2LMHeadModel:
     """Trains a random network on the task's walks, until it walks at random: its samples score as the walks do.
 

@@ -205,7 +205,8 @@ def test_wheel_holds_the_folders_inside_the_package(checkout: Path, tmp_path: Pa
     build(checkout, tmp_path, *kinds)
     unpacked, empty = tmp_path / "unpacked", tmp_path / "empty"
     empty.mkdir()
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+    version = importlib.import_module("lightning_rlhf").__version__
+    with zipfile.ZipFile(next(tmp_path.glob(f"lightning_rlhf-{version}-*.whl"))) as wheel:
         wheel.extractall(unpacked)
         packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def response_inputs(
@@ -84,6 +85,7 @@ class _ResponseLogprobs(torch.autograd.Function):
         return logprobs.squeeze(-1), entropy.squeeze(-1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         logits, tokens, peak, log_total, entropy = ctx.saved_tensors
 

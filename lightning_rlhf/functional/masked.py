@@ -1,7 +1,7 @@
 """Reductions that count only what a mask says, and whitening built on them."""
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
 
 
@@ -47,13 +47,13 @@ def masked_mean(
     return masked_sum(x, mask, dim) / count.clamp(min=1)
 
 
-def moments(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None = None) -> Float64[Tensor, " 3"]:
+def moments(x: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None = None) -> Float64[Tensor, " 3"]:
     """Count, sum and sum of squares of the entries that the mask counts.
 
     They add up over micro-batches, iterations and processes, and :func:`mean_and_variance` reads them.
 
     Args:
-        x: The numbers.
+        x: The numbers, of any type.
         mask: True where an entry counts; all do by default.
 
     Returns:

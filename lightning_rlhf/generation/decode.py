@@ -93,7 +93,8 @@ class DecodeLoop:
 
         rows = torch.arange(batch, device=device)  # which rows are still in the batch
         alive = torch.ones(batch, dtype=torch.bool, device=device)  # which of those have not ended
-        text = _Text(prompt_tokens, None if self.policy.is_unpadded(prompt_mask) else prompt_mask)
+        self.policy.check_padding(prompt_mask)
+        text = _Text(torch.where(prompt_mask, prompt_tokens, 0), prompt_mask)
         step = self._read(text, None)
         for t in range(self.sampling.max_new_tokens):
             tokens, logprobs, kept = draw(
@@ -136,19 +137,17 @@ class DecodeLoop:
 
 @dataclass(slots=True)
 class _Text:
-    """Everything written so far, prompt and response; the mask is None while no row is padded."""
+    """Everything written so far, prompt and response."""
 
     tokens: Tensor
-    mask: Tensor | None
+    mask: Tensor
 
     def append(self, tokens: Tensor) -> None:
         self.tokens = torch.cat([self.tokens, tokens[:, None]], dim=1)
-        if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
 
     def select(self, index: Tensor) -> None:
-        self.tokens = self.tokens[index]
-        self.mask = None if self.mask is None else self.mask[index]
+        self.tokens, self.mask = self.tokens[index], self.mask[index]
 
 
 class _Columns:

@@ -111,12 +111,17 @@ def draw(
         The tokens; their log-probs under the *full* distribution at the temperature (at 1 where it is 0); and, where
         something was left out, the probability of what was left to draw from.
     """
-    logits = logits.float()
-    if sampling.temperature > 0:
-        logits = logits / sampling.temperature
-    mass = (logits - logits.amax(1, keepdim=True)).exp()  # (batch, vocabulary)
+    shifted = logits.float()
+    shifted = (shifted - shifted.amax(1, keepdim=True)) / (sampling.temperature or 1.0)  # (batch, vocabulary)
+    mass = shifted.exp()
     total = mass.sum(1)
-    allowed = _narrowed(mass, total, sampling, forbidden)
+    peak = torch.zeros_like(total)
+    if forbidden is not None:
+        # Weighed anew: beside a forbidden token that is all but certain, the others would be 0.
+        left = shifted.masked_fill(forbidden, -torch.inf)
+        peak = left.amax(1)
+        mass = (left - peak[:, None]).exp()
+    allowed = _narrowed(mass, sampling)
     if sampling.temperature == 0:
         tokens = allowed.argmax(1)
     else:
@@ -125,15 +130,14 @@ def draw(
         # Below the end even after rounding, so that the first entry above it is a token that can be drawn.
         level = torch.minimum(uniforms * end, torch.nextafter(end, torch.zeros_like(end)))
         tokens = torch.searchsorted(cumulative, level[:, None], right=True).squeeze(1)
-    logprobs = mass.gather(1, tokens[:, None]).squeeze(1).log() - total.log()
-    return tokens, logprobs, None if allowed is mass else allowed.sum(1) / total
+    logprobs = shifted.gather(1, tokens[:, None]).squeeze(1) - total.log()
+    is_whole = forbidden is None and allowed is mass
+    return tokens, logprobs, None if is_whole else allowed.sum(1) * peak.exp() / total
 
 
-def _narrowed(mass: Tensor, total: Tensor, sampling: Sampling, forbidden: Tensor | None) -> Tensor:
-    """The mass of what may be drawn, 0 elsewhere."""
+def _narrowed(mass: Tensor, sampling: Sampling) -> Tensor:
+    """The mass of what top-k and top-p leave to draw from, 0 elsewhere."""
     allowed = mass
-    if forbidden is not None:
-        allowed = torch.where(forbidden, 0.0, allowed)
     if sampling.top_k is not None and sampling.top_k < mass.shape[1]:
         allowed = torch.where(_is_among_top(allowed, sampling.top_k), allowed, 0.0)
     if sampling.top_p is not None and sampling.top_p < 1:

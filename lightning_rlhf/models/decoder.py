@@ -56,12 +56,13 @@ class Decoder(nn.Module):
     @property
     def max_positions(self) -> int | None:
         """How many tokens a row may have, prompt and response together; None if the config names no limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if limit is None or limit < 0 else limit  # XLNet's -1 is no limit
 
     def forward(
         self,
         tokens: Int[Tensor, "batch new"],
-        mask: Bool[Tensor, "batch total"] | None,
+        mask: Bool[Tensor, "batch total"],
         keep: int,
         cache: Any = None,
         use_cache: bool = False,
@@ -70,7 +71,7 @@ class Decoder(nn.Module):
 
         Args:
             tokens: What to read.
-            mask: True where a token is real, those in the cache included; None if all are.
+            mask: True where a token is real, those in the cache included.
             keep: For how many of the last positions logits are wanted.
             cache: From an earlier call.
             use_cache: Whether the output should hold a cache.
@@ -78,12 +79,12 @@ class Decoder(nn.Module):
         Returns:
             Logits, states and cache.
         """
-        arguments: dict[str, Any] = {}
-        if mask is not None:
-            arguments["attention_mask"] = mask.long()
-            arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        arguments["logits_to_keep"] = keep
-        arguments["use_cache"] = use_cache
+        arguments: dict[str, Any] = {
+            "attention_mask": mask.long(),
+            "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :],
+            "logits_to_keep": keep,
+            "use_cache": use_cache,
+        }
         if cache is not None:
             arguments["past_key_values"] = cache
         arguments = {name: value for name, value in arguments.items() if name in self.accepted}
@@ -101,19 +102,29 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def probe(self) -> None:
-        """Tries with a few tokens what the model can do, sets ``pads`` and ``caches``, and warns of what it cannot."""
+        """Tries with a few tokens what the model can do, sets ``pads`` and ``caches``, and warns of what it cannot.
+
+        Raises:
+            ValueError: If what it says of a token depends on what follows.
+        """
         was_training = self.training
         self.eval()
         device = self.model.get_input_embeddings().weight.device
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         tokens = (torch.arange(6, device=device) % vocabulary)[None]
-        plain = self(tokens, None, keep=2).logits
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        name = type(self.model).__name__
         try:
+            plain = self(tokens, mask, keep=2).logits
+            if not _same(self(tokens[:, :5], mask[:, :5], keep=1).logits, plain[:, :1]):
+                raise ValueError(
+                    f"`model={name}` looks at tokens that come later, so that it cannot write: configure it as a "
+                    "decoder (BERT: `is_decoder=True`, XLNet: `attn_type='uni'`), or take a causal model."
+                )
             self.pads = self.pads and self._pads(tokens, plain)
             self.caches = self.caches and self._caches(tokens, plain)
         finally:
             self.train(was_training)
-        name = type(self.model).__name__
         if not self.caches:
             rank_zero_warn(f"{name} cannot be decoded from a cache: every token reads the whole text again.")
         if not self.pads:
@@ -121,17 +132,17 @@ class Decoder(nn.Module):
 
     def _pads(self, tokens: Tensor, plain: Tensor) -> bool:
         padded = torch.cat([tokens.new_zeros(1, 3), tokens], dim=1)
-        mask = torch.ones_like(padded, dtype=torch.bool)
-        mask[:, :3] = False
+        mask = torch.arange(padded.shape[1], device=tokens.device)[None] >= 3
         return _same(self(padded, mask, keep=2).logits, plain)
 
     def _caches(self, tokens: Tensor, plain: Tensor) -> bool:
         rows = torch.cat([tokens, tokens.flip(1)])
-        start = self(rows[:, :-1], None, keep=1, use_cache=True)
+        mask = torch.ones_like(rows, dtype=torch.bool)
+        start = self(rows[:, :-1], mask[:, :-1], keep=1, use_cache=True)
         if not hasattr(start.cache, "batch_select_indices"):
             return False
         start.cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=tokens.device))
-        step = self(tokens[:, -1:], None, keep=1, cache=start.cache, use_cache=True)
+        step = self(tokens[:, -1:], mask[:1], keep=1, cache=start.cache, use_cache=True)
         return _same(torch.cat([start.logits[:1], step.logits], dim=1), plain)
 
 

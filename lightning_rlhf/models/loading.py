@@ -69,18 +69,16 @@ class ModelSpec:
         from transformers import PretrainedConfig, PreTrainedModel
 
         if isinstance(self.model, PreTrainedModel):
+            _check_decoder(type(self.model).__name__, self.model.config)
             model = copy.deepcopy(self.model).to(self._torch_dtype())
         elif isinstance(self.model, PretrainedConfig):
+            _check_decoder(type(self.model).__name__, self.model)
             model = self._from_config(copy.deepcopy(self.model))
         elif self.is_named:
             model = self._from_name(os.fspath(self.model))
         else:
             raise TypeError(
                 f"`model={self.model!r}` must be a hub name, a folder, a transformers config or a PreTrainedModel."
-            )
-        if model.config.is_encoder_decoder:
-            raise ValueError(
-                f"`model={type(model).__name__}` is an encoder-decoder: only decoder-only models are supported so far."
             )
         if model.get_output_embeddings() is None:
             raise ValueError(
@@ -97,16 +95,15 @@ class ModelSpec:
         ).eval()
 
     def _from_name(self, name: str) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         _check_folder(name)
+        source = {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+        config = AutoConfig.from_pretrained(name, **source)
+        _check_decoder(name, config)
         options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         return AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=self._torch_dtype(),
-            revision=self.revision or "main",
-            trust_remote_code=self.trust_remote_code,
-            **options,
+            name, config=config, dtype=self._torch_dtype(), **source, **options
         )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -144,6 +141,12 @@ def _check_folder(name: str) -> None:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep in name.replace("/", "", 1)
     if looks_local and not Path(name).is_dir():
         raise ValueError(f"`model={name!r}` looks like a folder, and there is none: check the path.")
+
+
+def _check_decoder(name: str, config: PretrainedConfig) -> None:
+    """Looks before loading: transformers would make half a model of BART's encoder-decoder, and say little."""
+    if config.is_encoder_decoder:
+        raise ValueError(f"`model={name}` is an encoder-decoder: only decoder-only models are supported so far.")
 
 
 def load_tokenizer(tokenizer: Any, spec: ModelSpec) -> PreTrainedTokenizerBase:

@@ -83,44 +83,36 @@ class Policy(nn.Module):
             torch.where(batch.prompt_mask, batch.prompt_tokens, 0),
             torch.where(batch.response_mask, batch.response_tokens, 0),
         )
-        # Right padding comes after everything that counts, where a causal model does not look.
-        mask = None
-        if not self.is_unpadded(batch.prompt_mask):
-            mask = response_inputs(batch.prompt_mask, batch.response_mask)
+        self.check_padding(batch.prompt_mask)
+        # Right padding comes after everything that counts, where a causal model does not look: it needs no mask.
+        mask = response_inputs(batch.prompt_mask, torch.ones_like(batch.response_mask))
         output = self.decoder(tokens, mask, keep=batch.response_tokens.shape[1])
         targets = torch.where(batch.response_mask, batch.response_tokens, 0)
         logprobs, entropy = response_logprobs(output.logits, targets, self.temperature)
         return PolicyOutput(logprobs, entropy, None if self.value_head is None else self.value_head(output.states))
 
-    def is_unpadded(self, prompt_mask: Bool[Tensor, "batch prompt"]) -> bool:
-        """Whether all prompts are equally long.
+    def check_padding(self, prompt_mask: Bool[Tensor, "batch prompt"]) -> None:
+        """Refuses prompts of different lengths where the model cannot be padded.
 
         Args:
             prompt_mask: True where a token is real.
 
-        Returns:
-            True if no token is padding.
-
         Raises:
-            ValueError: If some is, and the model cannot be padded.
+            ValueError: If some token is padding, and the model cannot be padded.
         """
-        unpadded = bool(prompt_mask.all())
-        if not unpadded and not self.decoder.pads:
+        if not self.decoder.pads and not bool(prompt_mask.all()):
             raise ValueError(
                 f"`policy={type(self.decoder.model).__name__}` cannot be padded on the left, and the prompts of this "
                 "batch differ in length: use prompts of one length, or a batch size of 1."
             )
-        return unpadded
 
     @torch.no_grad()
-    def next_token(
-        self, tokens: Int[Tensor, "batch new"], mask: Bool[Tensor, "batch total"] | None, cache: Any
-    ) -> NextToken:
+    def next_token(self, tokens: Int[Tensor, "batch new"], mask: Bool[Tensor, "batch total"], cache: Any) -> NextToken:
         """One step of decoding.
 
         Args:
             tokens: What has not been read yet.
-            mask: True where a token is real, those read before included; None if all are.
+            mask: True where a token is real, those read before included.
             cache: From the step before; None at the start, and always where the decoder keeps none.
 
         Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,6 +22,12 @@ from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.minibatches import Minibatch, MinibatchPlan
 from lightning_rlhf.modules.ranks import rank, sum_over_ranks
 from lightning_rlhf.modules.report import Report
+
+_WRONG_ADVICE = (
+    "The number of training batches .* is smaller than the logging interval",  # every iteration is logged
+    "Using ModelCheckpoint with manual optimization and every_n_train_steps",  # what follows the updates is wanted
+)
+"""What Lightning warns of that does not hold for these modules."""
 
 
 class ManualModule(RLHFModule):
@@ -219,4 +226,6 @@ class ManualModule(RLHFModule):
                 f"`Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches})` does not reach the updates of "
                 f"{type(self).__name__}: give it a `micro_batch_size` smaller than `minibatch_size` instead."
             )
+        for advice in _WRONG_ADVICE:
+            warnings.filterwarnings("ignore", message=advice)
         return super().configure_callbacks()

@@ -1,0 +1,64 @@
+import functools
+
+import lightning as L
+import pytest
+import torch
+
+from lightning_rlhf import PPOModule, PromptDataModule
+from tests.learning import enumerable
+
+
+def train(reward, iterations, batch_size, **arguments):
+    module = PPOModule(
+        enumerable.config(),
+        tokenizer=enumerable.tokenizer(),
+        reward=reward,
+        sampling={"max_new_tokens": enumerable.LENGTH},
+        **arguments,
+    )
+    module.configure_model()
+    before = enumerable.exact_logprobs(module.policy)
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    prompts = [enumerable.PROMPT] * (iterations * batch_size)
+    trainer.fit(module, datamodule=PromptDataModule(prompts, batch_size=batch_size))
+    return before, enumerable.exact_logprobs(module.policy)
+
+
+def test_ppo_learns_to_write_the_token_that_pays():
+    def count(prompts, responses):
+        return [response.split().count("b") for response in responses]
+
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-2)
+    _, after = train(count, iterations=15, batch_size=64, optimizer=optimizer, kl_coef=0.0)
+    best = enumerable.RESPONSES.index((2, 2, 2))
+    assert after.exp()[best] > 0.9
+
+
+@pytest.mark.invariant(35)
+@pytest.mark.parametrize("beta", [0.5, 0.2])
+def test_ppo_converges_to_the_optimum_of_kl_regularised_rl(beta):
+    table = enumerable.Table(seed=3)
+    before, after = train(
+        table.score,
+        iterations=40,
+        batch_size=512,
+        kl_coef=beta,
+        reward_clip=None,
+        whiten_advantages=False,
+        value_clip_range=None,
+        minibatch_size=256,
+        lr_scheduler="linear",
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0),
+        seed=0,
+    )
+    optimum = table.optimum(before, beta)
+    assert before.exp().sum() == pytest.approx(1.0, abs=1e-6)  # nothing was left out
+    assert enumerable.divergence(before, optimum) > 0.5
+    assert enumerable.divergence(after, optimum) < 0.01

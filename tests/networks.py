@@ -1,0 +1,146 @@
+"""Tokenizers and configs of tiny networks, built from nothing, that tests of all rooms share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import count, islice, product
+from string import ascii_lowercase
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 24
+POSITIONS = 64
+
+
+def word_tokenizer(size: int = VOCABULARY, pad: bool = True, eos: bool = True) -> PreTrainedTokenizerFast:
+    """So many tokens: the words a, b, ... z, aa, ab, ... between spaces, and last of all `<eos>` and then `<pad>`."""
+    words = ("".join(letters) for length in count(1) for letters in product(ascii_lowercase, repeat=length))
+    return _tokenizer(list(islice(words, size - pad - eos)), pad, eos, spaces=True)
+
+
+def piece_tokenizer(
+    pieces: Sequence[str], pad: bool = True, eos: bool = True, spaces: bool = False
+) -> PreTrainedTokenizerFast:
+    """The pieces in order, then `<eos>` and `<pad>`; text is cut into single letters, tokens are joined as they are.
+
+    A piece of several letters is thus written by a model only. Hugging Face's stop strings need the letters a to f.
+    """
+    return _tokenizer(list(pieces), pad, eos, spaces)
+
+
+def _tokenizer(tokens: list[str], pad: bool, eos: bool, spaces: bool) -> PreTrainedTokenizerFast:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {name: f"<{name[:3]}>" for name, wanted in {"eos_token": eos, "pad_token": pad}.items() if wanted}
+    vocabulary = {token: index for index, token in enumerate([*tokens, *special.values()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    if spaces:
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+        tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side="left", clean_up_tokenization_spaces=False, **special
+    )
+
+
+def tiny_gpt2(vocabulary: int = VOCABULARY, width: int = 16, layers: int = 2, **more: Any) -> GPT2Config:
+    """A GPT-2 that goes with :func:`word_tokenizer`; its dropout is transformers' 0.1 unless set."""
+    from transformers import GPT2Config
+
+    more = {"n_head": 2, "n_positions": POSITIONS, **more}
+    return GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=layers, **_special(vocabulary), **more)
+
+
+def network(config: PretrainedConfig, seed: int = 0, spread: float = 3.0) -> PreTrainedModel:
+    """A model whose logits differ by about `spread`, where transformers' own beginning is all but uniform.
+
+    Every weight but those of norms is drawn anew; in evaluation mode, single precision.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and "ln_" not in name and parameter.dim() == 2:
+                parameter.normal_(std=0.3)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        logits = model(input_ids=torch.randint(vocabulary, (4, 8))).logits
+        model.get_output_embeddings().weight.mul_(spread / logits.std())
+    return model
+
+
+def _special(vocabulary: int) -> dict[str, int]:
+    return {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 2, "pad_token_id": vocabulary - 1}
+
+
+def _config(name: str, **arguments: Any) -> Callable[[], PretrainedConfig]:
+    def build() -> PretrainedConfig:
+        import transformers
+
+        return getattr(transformers, f"{name}Config")(
+            **{"vocab_size": VOCABULARY, **_special(VOCABULARY), **arguments}
+        )
+
+    return build
+
+
+_GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS}
+_NEW = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": POSITIONS,
+}
+_GROUPED = {**_NEW, "num_key_value_heads": 1}
+
+ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
+    "gpt2": _config("GPT2", **_GPT),
+    "gptj": _config("GPTJ", **_GPT, rotary_dim=4),
+    "gpt_neox": _config("GPTNeoX", **_NEW),
+    "opt": _config(
+        "OPT",
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=32,
+        max_position_embeddings=POSITIONS,
+        word_embed_proj_dim=8,
+    ),
+    "bloom": _config("Bloom", hidden_size=16, n_layer=2, n_head=2),
+    "llama": _config("Llama", **_NEW),
+    "qwen3": _config("Qwen3", **_GROUPED, head_dim=8),
+    "gemma": _config("Gemma", **_GROUPED, head_dim=8),
+    "mistral": _config("Mistral", **_GROUPED, sliding_window=8),
+    "phi": _config("Phi", **_NEW),
+    "gemma2": _config("Gemma2", **_GROUPED, head_dim=8, sliding_window=8),
+    "gpt_neo": _config(
+        "GPTNeo",
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=8,
+        max_position_embeddings=POSITIONS,
+    ),
+    "gpt_bigcode": _config("GPTBigCode", **_GPT),
+    "mixtral": _config("Mixtral", **_GROUPED, num_local_experts=4),
+    "openai_gpt": _config("OpenAIGPT", **_GPT),
+    "rwkv": _config("Rwkv", hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, context_length=POSITIONS),
+    "xlnet": _config("XLNet", d_model=16, n_layer=2, n_head=2, d_inner=32, attn_type="uni"),
+    "mamba": _config("Mamba", hidden_size=16, num_hidden_layers=2),
+}
+"""Tiny decoder-only networks with the special ids of :func:`word_tokenizer`: ten usual ones, four more, four odd."""
+
+USUAL = list(ARCHITECTURES)[:10]
+MORE = list(ARCHITECTURES)[10:14]
+EOS, PAD = VOCABULARY - 2, VOCABULARY - 1
