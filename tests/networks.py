@@ -8,11 +8,16 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+from lightning_rlhf.batches import Rollouts
+from lightning_rlhf.data.tokens import padded
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 24
+EOS, PAD = VOCABULARY - 2, VOCABULARY - 1
 POSITIONS = 64
 
 
@@ -78,6 +83,57 @@ def network(config: PretrainedConfig, seed: int = 0, spread: float = 3.0) -> Pre
     return model
 
 
+def bigram(probabilities: Tensor) -> PreTrainedModel:
+    """A GPT-2 without dropout that looks one token back: row i of the table is what follows token i.
+
+    Token i is embedded as 1 at i and -1 at i + n, of 2n numbers, which the final norm multiplies by the root of n:
+    :func:`bigram_states` is what the head reads. Positions, attention and the rest add nothing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    n = len(probabilities)
+    config = tiny_gpt2(
+        n, width=2 * n, layers=1, tie_word_embeddings=False, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    body = model.transformer
+    with torch.no_grad():
+        body.wte.weight.copy_(torch.cat([torch.eye(n), -torch.eye(n)], dim=1))
+        for parameter in [body.wpe.weight, *body.h[0].attn.c_proj.parameters(), *body.h[0].mlp.c_proj.parameters()]:
+            parameter.zero_()
+        logits = probabilities.log().clamp(min=-1e4)
+        model.lm_head.weight.copy_(torch.cat([logits.T, torch.zeros(n, n)], dim=1) / n**0.5)
+    return model
+
+
+def bigram_states(tokens: Tensor, n: int) -> Tensor:
+    """What the head of a :func:`bigram` of n tokens reads after each of these."""
+    return n**0.5 * torch.cat([torch.eye(n), -torch.eye(n)], dim=1)[tokens]
+
+
+def written(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int = PAD) -> Rollouts:
+    """Prompts and responses as a sampler hands them on; what only it knows is 0."""
+    prompt_tokens, prompt_mask = padded(prompts, pad, "left")
+    response_tokens, response_mask = padded(responses, pad, "right")
+    return Rollouts(
+        prompt_tokens=prompt_tokens,
+        prompt_mask=prompt_mask,
+        prompts=[""] * len(prompts),
+        response_tokens=response_tokens,
+        response_mask=response_mask,
+        sampled_mask=response_mask,
+        old_logprobs=torch.zeros(response_mask.shape),
+        truncated=torch.zeros(len(prompts), dtype=torch.bool),
+        responses=[""] * len(prompts),
+    )
+
+
+def random_rows(lengths: Sequence[int], seed: int = 0, below: int = EOS) -> list[list[int]]:
+    """Rows of so many random tokens each."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(below, (length,), generator=generator).tolist() for length in lengths]
+
+
 def _special(vocabulary: int) -> dict[str, int]:
     return {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 2, "pad_token_id": vocabulary - 1}
 
@@ -86,9 +142,7 @@ def _config(name: str, **arguments: Any) -> Callable[[], PretrainedConfig]:
     def build() -> PretrainedConfig:
         import transformers
 
-        return getattr(transformers, f"{name}Config")(
-            **{"vocab_size": VOCABULARY, **_special(VOCABULARY), **arguments}
-        )
+        return getattr(transformers, f"{name}Config")(**{"vocab_size": VOCABULARY, **_special(VOCABULARY), **arguments})
 
     return build
 
@@ -143,4 +197,4 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
 
 USUAL = list(ARCHITECTURES)[:10]
 MORE = list(ARCHITECTURES)[10:14]
-EOS, PAD = VOCABULARY - 2, VOCABULARY - 1
+ODD = list(ARCHITECTURES)[14:]

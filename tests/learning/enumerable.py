@@ -1,4 +1,4 @@
-"""A task small enough to enumerate: three tokens, one of which ends a response, and at most three of them a response."""
+"""A task small enough to enumerate: responses of at most three tokens, drawn from three, one of which ends them."""
 
 import itertools
 from dataclasses import dataclass
