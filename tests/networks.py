@@ -190,10 +190,9 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     "mixtral": _config("Mixtral", **_GROUPED, num_local_experts=4),
     "openai_gpt": _config("OpenAIGPT", **_GPT),
     "rwkv": _config("Rwkv", hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, context_length=POSITIONS),
-    "xlnet": _config("XLNet", d_model=16, n_layer=2, n_head=2, d_inner=32, attn_type="uni"),
     "mamba": _config("Mamba", hidden_size=16, num_hidden_layers=2),
 }
-"""Tiny decoder-only networks with the special ids of :func:`word_tokenizer`: ten usual ones, four more, four odd."""
+"""Tiny decoder-only networks with the special ids of :func:`word_tokenizer`: ten usual ones, four more, three odd."""
 
 USUAL = list(ARCHITECTURES)[:10]
 MORE = list(ARCHITECTURES)[10:14]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Curve(Callback):
 
 def quiet_trainer(**flags: Any) -> L.Trainer:
     """A Trainer that says no more than its progress bar."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # between Lightning and torch
     flags = {"enable_checkpointing": False, "enable_model_summary": False, "log_every_n_steps": 1, **flags}
     return L.Trainer(accelerator="cpu", devices=1, **flags)
 

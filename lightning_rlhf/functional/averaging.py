@@ -28,7 +28,6 @@ def token_weights(
 
     Example:
         >>> import torch
-        >>> import torch
         >>> mask = torch.tensor([[True, True], [True, False]])
         >>> token_weights(mask, "responses")
         tensor([[0.5000, 0.5000],
@@ -55,7 +54,6 @@ def averaging_count(mask: Bool[Tensor, "batch response"], averaging: Averaging =
         The number of its tokens, or 1; 0 for a response without a token that counts.
 
     Example:
-        >>> import torch
         >>> import torch
         >>> averaging_count(torch.tensor([[True, True], [False, False]]), "responses")
         tensor([1., 0.])

@@ -90,8 +90,14 @@ class Decoder(nn.Module):
         arguments = {name: value for name, value in arguments.items() if name in self.accepted}
 
         states: list[Tensor] = []
-        head = self.model.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+
+        def read(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            # A slice is multiplied by another kernel where the head is frozen, and a reference would not quite be the
+            # policy. (A slice of one row calls itself contiguous.)
+            states.append(inputs[0].clone(memory_format=torch.contiguous_format))
+            return states[-1], *inputs[1:]
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(read)
         try:
             output = self.model(input_ids=tokens, **arguments)
         finally:
@@ -118,8 +124,8 @@ class Decoder(nn.Module):
             plain = self(tokens, mask, keep=2).logits
             if not _same(self(tokens[:, :5], mask[:, :5], keep=1).logits, plain[:, :1]):
                 raise ValueError(
-                    f"`model={name}` looks at tokens that come later, so that it cannot write: configure it as a "
-                    "decoder (BERT: `is_decoder=True`, XLNet: `attn_type='uni'`), or take a causal model."
+                    f"`model={name}` looks at tokens that come later, so that it cannot write: take a causal model, or "
+                    "make this one causal (BERT: `is_decoder=True` in its config)."
                 )
             self.pads = self.pads and self._pads(tokens, plain)
             self.caches = self.caches and self._caches(tokens, plain)

@@ -165,7 +165,7 @@ class OnlineModule(ManualModule):
         scores = Scores(total=torch.zeros(len(rollouts), device=self.device, dtype=torch.float32))
         try:
             scores = self.reward(rollouts, self.tokenizer)
-        except (ValueError, TypeError, RuntimeError) as failure:
+        except Exception as failure:
             error = failure
         self.rows_of_largest = agree(error, f"`reward` {self.reward.name!r}", len(rollouts), self.device)
         return scores

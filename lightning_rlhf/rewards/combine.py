@@ -15,6 +15,9 @@ from lightning_rlhf.rewards.functions import Reward, RewardFunction, as_tensor, 
 RewardLike = Reward | str | Sequence[Reward | str | tuple[Reward | str, float]]
 """A callable, its dotted name, or a list of these, each alone or as a pair with its weight."""
 
+RESERVED_NAMES = ("mean", "std", "total")
+"""What is logged under these names is the sum of all rewards."""
+
 
 class CombinedReward:
     """The weighted sum of one or more rewards.
@@ -24,7 +27,7 @@ class CombinedReward:
     """
 
     def __init__(self, rewards: RewardLike) -> None:
-        items = [rewards] if callable(rewards) or isinstance(rewards, str) else list(rewards)
+        items = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
         if not items:
             raise ValueError("`reward=[]` names no reward: give at least one callable.")
         pairs = [item if isinstance(item, tuple | list) else (item, 1.0) for item in items]
@@ -32,7 +35,7 @@ class CombinedReward:
         self.rewards: list[RewardFunction] = []
         for reward, _ in pairs:
             function = RewardFunction(imported(reward) if isinstance(reward, str) else reward)
-            taken = {other.name for other in self.rewards}
+            taken = {*RESERVED_NAMES, *(other.name for other in self.rewards)}
             number = 2
             name = function.name
             while name in taken:

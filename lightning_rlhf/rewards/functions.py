@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import math
@@ -32,7 +33,7 @@ class RewardFunction:
                 f"`reward={function!r}` must be callable: it gets prompts and responses, and returns scores."
             )
         self.function = function
-        self.name: str = name or getattr(function, "__name__", None) or type(function).__name__
+        self.name = name or _own_name(function)
         self.named, self.takes_all = _parameters(function)
 
     def __call__(self, rollouts: Rollouts, tokenizer: Any) -> list[float] | list[list[float]]:
@@ -55,34 +56,33 @@ class RewardFunction:
                 f"`reward` {self.name!r} returned {len(scores)} scores for {len(rollouts)} responses: it must return "
                 "one for each, in order."
             )
-        if any(isinstance(score, Sequence | Tensor) or hasattr(score, "__len__") for score in scores):
+        samples = [f"response {i} ({response!r})" for i, response in enumerate(rollouts.responses)]
+        if any(isinstance(score, list | tuple) for score in scores):
             lengths = rollouts.response_mask.sum(1).tolist()
             return [
-                self._dense(score, length, i) for i, (score, length) in enumerate(zip(scores, lengths, strict=True))
+                self._dense(score, length, sample)
+                for score, length, sample in zip(scores, lengths, samples, strict=True)
             ]
         return [
-            self._number(score, f"response {i}") if score is not None else math.nan for i, score in enumerate(scores)
+            math.nan if score is None else self._number(score, sample)
+            for score, sample in zip(scores, samples, strict=True)
         ]
 
     def _checked_call(self, rollouts: Rollouts, tokenizer: Any) -> list[Any]:
         arguments = self._arguments(rollouts, tokenizer)
         positional = () if {"prompts", "responses"} & self.named else (rollouts.prompts, rollouts.responses)
         try:
-            scores = self.function(*positional, **arguments)
+            scores = _plain(self.function(*positional, **arguments))
+            if isinstance(scores, Iterable) and not isinstance(scores, str):
+                return [_plain(score) for score in scores]  # where a generator raises
         except Exception as error:
             raise RuntimeError(
                 f"`reward` {self.name!r} raised {type(error).__name__}: {error} (on {len(rollouts)} responses, the "
                 f"first of which is {rollouts.responses[0]!r})"
             ) from error
-        if isinstance(scores, Tensor):
-            scores = scores.detach().cpu().tolist()
-        elif hasattr(scores, "tolist"):
-            scores = scores.tolist()
-        if isinstance(scores, str) or not isinstance(scores, Iterable):
-            raise ValueError(
-                f"`reward` {self.name!r} returned {scores!r}: it must return a list with one score per response."
-            )
-        return list(scores)
+        raise ValueError(
+            f"`reward` {self.name!r} returned {scores!r}: it must return a list with one score per response."
+        )
 
     def _arguments(self, rollouts: Rollouts, tokenizer: Any) -> dict[str, Any]:
         offered: dict[str, Any] = dict(rollouts.metadata)
@@ -96,23 +96,35 @@ class RewardFunction:
             offered |= {"prompts": rollouts.prompts, "responses": rollouts.responses}
         return {key: value for key, value in offered.items() if self.takes_all or key in self.named}
 
-    def _number(self, score: Any, where: str) -> float:
+    def _number(self, score: Any, sample: str) -> float:
         try:
             number = float(score)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"`reward` {self.name!r} gave {score!r} for {where}: it must be a number.") from error
-        if not math.isfinite(number):
-            raise ValueError(f"`reward` {self.name!r} gave {number} for {where}: it must be finite.")
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"`reward` {self.name!r} gave {score!r} for {sample}: it must be a number.") from error
+        if not abs(number) <= torch.finfo(torch.float32).max:
+            raise ValueError(
+                f"`reward` {self.name!r} gave {number} for {sample}: it must be finite, in single precision."
+            )
         return number
 
-    def _dense(self, scores: Any, length: int, i: int) -> list[float]:
-        numbers = scores.tolist() if hasattr(scores, "tolist") else scores
-        if not isinstance(numbers, Sequence) or len(numbers) != length:
+    def _dense(self, scores: Any, length: int, sample: str) -> list[float]:
+        if not isinstance(scores, list | tuple) or len(scores) != length:
             raise ValueError(
-                f"`reward` {self.name!r} gave {numbers!r} for response {i}, which has {length} tokens, the ending EOS "
+                f"`reward` {self.name!r} gave {scores!r} for {sample}, which has {length} tokens, the ending EOS "
                 "included: dense scores are one number per token."
             )
-        return [self._number(number, f"token {t} of response {i}") for t, number in enumerate(numbers)]
+        return [self._number(score, f"token {t} of {sample}") for t, score in enumerate(scores)]
+
+
+def _plain(scores: Any) -> Any:
+    """A tensor or array as numbers or lists of them; anything else as it is."""
+    return scores.tolist() if hasattr(scores, "tolist") else scores
+
+
+def _own_name(function: Reward) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", None) or type(function).__name__
 
 
 def _parameters(function: Reward) -> tuple[frozenset[str], bool]:

@@ -83,8 +83,8 @@ def expected(table: Tensor, responses: Responses, per_response: Tensor) -> Tenso
     return ((logprobs * responses.mask).sum(1).exp() * per_response).sum()
 
 
-def gradient(loss: Tensor, table: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, table)[0]
+def gradient(loss: Tensor, parameters: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, parameters)[0]
 
 
 def both_logprobs(table: Tensor, reference: Tensor, responses: Responses) -> tuple[Tensor, Tensor]:
@@ -120,6 +120,14 @@ def test_estimates_by_hand() -> None:
     assert k1(logprobs, ref_logprobs).tolist() == pytest.approx([ln2, -ln2], rel=1e-12)
     assert k2(logprobs, ref_logprobs).tolist() == pytest.approx([0.5 * ln2**2, 0.5 * ln2**2], rel=1e-12)
     assert k3(logprobs, ref_logprobs).tolist() == pytest.approx([0.5 - 1.0 + ln2, 2.0 - 1.0 - ln2], rel=1e-12)
+
+
+def test_gradients_of_estimates_by_hand() -> None:
+    logprobs = torch.tensor([0.5, 0.25], dtype=torch.float64).log().requires_grad_()
+    ref_logprobs = torch.tensor([0.25, 0.5], dtype=torch.float64).log()
+    ln2 = 0.6931471805599453
+    for estimator, slope in ((k1, [1.0, 1.0]), (k2, [ln2, -ln2]), (k3, [0.5, -1.0])):
+        assert gradient(estimator(logprobs, ref_logprobs).sum(), logprobs).tolist() == pytest.approx(slope, rel=1e-12)
 
 
 @pytest.mark.invariant(20)

@@ -137,6 +137,7 @@ def test_ratios_outside_the_range_are_counted_and_its_ends_are_inside() -> None:
     assert outside_clip(ratio, 0.25).tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
     assert outside_clip(ratio, (0.25, 0.5)).tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     assert outside_clip(ratio, (0.5, 0.25)).tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    assert outside_clip(ratio.double(), 0.25).dtype == torch.float64
 
 
 @pytest.mark.parametrize("clip_range", [0.2, (0.1, 0.6)])

@@ -16,8 +16,13 @@ def still(**arguments):
 
 @pytest.mark.invariant(9)
 def test_the_ratio_is_exactly_one_where_an_iteration_makes_one_update():
-    metrics = fit(still(num_epochs=1, minibatch_size=6)).metrics[-1]
-    assert metrics["policy/ratio"] == 1.0
+    module = still(num_epochs=1, minibatch_size=6)
+    ratios = []
+    ratio = module.ratio
+    module.ratio = lambda *arguments: ratios.append(ratio(*arguments)) or ratios[-1]
+    metrics = fit(module).metrics[-1]
+    assert len(ratios) == 3
+    assert all((ratio == 1.0).all() for ratio in ratios)
     assert metrics["policy/clip_fraction"] == 0.0
     assert 0.0 < metrics["policy/sampler_gap"] < 1e-5
 
@@ -126,6 +131,22 @@ def test_a_divergence_in_the_loss_is_in_the_loss_alone(estimator):
     torch.testing.assert_close((terms - others)[mask], 0.5 * by_hand[mask], rtol=1e-4, atol=1e-4)
 
 
+def test_the_entropy_is_a_bonus():
+    without, with_bonus = still(kl_coef=0.0), still(kl_coef=0.0, ent_coef=0.1)
+    experience = fit(without, iterations=1).experiences[0]
+    fit(with_bonus, iterations=1)
+    difference = with_bonus.loss(experience)[0] - without.loss(experience)[0]
+    tokens = torch.cat([experience.prompt_tokens, experience.response_tokens], dim=1)
+    padded = torch.cat([experience.prompt_mask, experience.response_mask], dim=1).long()
+    positions = (padded.cumsum(1) - 1).clamp(min=0)
+    model = without.policy.decoder.model
+    logits = model(input_ids=tokens, attention_mask=padded, position_ids=positions).logits
+    start = experience.prompt_tokens.shape[1] - 1
+    entropy = torch.distributions.Categorical(logits=logits[:, start:-1]).entropy()
+    mask = experience.response_mask
+    torch.testing.assert_close(difference[mask], -0.1 * entropy[mask], rtol=0, atol=1e-5)
+
+
 @pytest.mark.invariant(10)
 def test_without_a_coefficient_no_reference_is_built_and_none_is_logged():
     module = module_of(PPOModule, kl_coef=0.0)
@@ -196,6 +217,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
             k: v for k, v in expected.items() if not k.startswith(("time/", "speed/"))
         }
     assert fingerprint(first.policy) == fingerprint(second.policy)
+
+
+@pytest.mark.invariant(36)
+def test_a_reference_without_a_name_is_part_of_the_checkpoint(tmp_path):
+    first = module_of(PPOModule, network(tiny_gpt2(), seed=1), optimizer=None)
+    trainer = bare_trainer(max_epochs=1)
+    trainer.fit(first, datamodule=PromptDataModule(PROMPTS, batch_size=6))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    second = module_of(PPOModule, network(tiny_gpt2(), seed=2), optimizer=None)
+    data = PromptDataModule(PROMPTS, batch_size=6)
+    bare_trainer(max_epochs=2).fit(second, datamodule=data, ckpt_path=tmp_path / "run.ckpt")
+    assert fingerprint(second.reference.network) == fingerprint(first.reference.network)
+
+
+@pytest.mark.invariant(36)
+def test_a_run_is_not_resumed_against_another_reference(tmp_path):
+    folder = tmp_path / "policy"
+    network(tiny_gpt2(), seed=1).save_pretrained(folder)
+    trainer = bare_trainer(max_epochs=1)
+    data = {"prompts": PROMPTS, "batch_size": 6}
+    trainer.fit(module_of(PPOModule, folder, optimizer=None), datamodule=PromptDataModule(**data))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    network(tiny_gpt2(), seed=2).save_pretrained(folder)
+    resumed = module_of(PPOModule, folder, optimizer=None)
+    with pytest.raises(ValueError, match="`reference` is not the one that the checkpoint was trained against"):
+        bare_trainer(max_epochs=2).fit(resumed, datamodule=PromptDataModule(**data), ckpt_path=tmp_path / "run.ckpt")
 
 
 def test_every_iteration_is_logged_whatever_the_trainer_says(tmp_path):
