@@ -26,6 +26,7 @@ class Reference:
     def __init__(self, network: Policy, is_named: bool) -> None:
         self.network = network.requires_grad_(False).eval()
         self.is_named = is_named
+        self._fingerprint: str | None = None  # of weights that do not change, and may take minutes to read
 
     @classmethod
     def copied_from(cls, policy: Policy, is_named: bool) -> Reference:
@@ -61,7 +62,8 @@ class Reference:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: a fingerprint, and the weights where they could not be had again."""
-        state: dict[str, Any] = {"fingerprint": fingerprint(self.network)}
+        self._fingerprint = self._fingerprint or fingerprint(self.network)
+        state: dict[str, Any] = {"fingerprint": self._fingerprint}
         if not self.is_named:
             state["weights"] = self.network.state_dict()
         return state
@@ -77,7 +79,8 @@ class Reference:
         """
         if "weights" in state:
             self.network.load_state_dict(state["weights"])
-        if fingerprint(self.network) != state["fingerprint"]:
+        self._fingerprint = fingerprint(self.network)
+        if self._fingerprint != state["fingerprint"]:
             raise ValueError(
                 "`reference` is not the one that the checkpoint was trained against: its weights differ. Resume with "
                 "the model that the run began with."

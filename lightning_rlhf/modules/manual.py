@@ -208,7 +208,8 @@ class ManualModule(RLHFModule):
         shares = [0.0]
         if trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.num_training_batches != float("inf"):
             within = self._updates_done / self._planned_updates if self._planned_updates else 0.0
-            shares.append((self.iteration + within) / (trainer.max_epochs * trainer.num_training_batches))
+            done = max(0, trainer.fit_loop.total_batch_idx)  # of this fit; the module's own count goes on after it
+            shares.append((done + within) / (trainer.max_epochs * trainer.num_training_batches))
         if trainer.max_steps > 0:
             shares.append(trainer.global_step / trainer.max_steps)
         return min(1.0, max(shares))

@@ -211,7 +211,8 @@ class OnlineModule(ManualModule):
 
     def on_fit_start(self) -> None:
         """Says once what a resumed run would lose."""
-        if self.iteration > 0 and not isinstance(getattr(self.trainer, "datamodule", None), RLHFDataModule):
+        resumed = self.trainer.ckpt_path is not None
+        if resumed and not isinstance(getattr(self.trainer, "datamodule", None), RLHFDataModule):
             rank_zero_warn("Resumed with a data loader that does not remember its place: an epoch begins anew.")
 
     # --- networks and state -------------------------------------------------------------------------------------

@@ -245,6 +245,14 @@ def test_a_run_is_not_resumed_against_another_reference(tmp_path):
         bare_trainer(max_epochs=2).fit(resumed, datamodule=PromptDataModule(**data), ckpt_path=tmp_path / "run.ckpt")
 
 
+def test_a_second_fit_has_a_schedule_of_its_own():
+    module = module_of(PPOModule, lr_scheduler="linear", num_epochs=1, minibatch_size=6)
+    for _ in range(2):
+        rates = [metrics["optim/lr"] for metrics in fit(module, iterations=4).metrics]
+        assert rates == pytest.approx([0.05, 0.0375, 0.025, 0.0125])
+    assert module.iteration == 8
+
+
 def test_every_iteration_is_logged_whatever_the_trainer_says(tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
     fit(module_of(PPOModule), logger=logger, log_every_n_steps=2)

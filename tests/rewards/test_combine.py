@@ -1,4 +1,3 @@
-import math
 from dataclasses import replace
 
 import pytest
@@ -149,10 +148,9 @@ def test_a_weight_of_zero_still_logs_its_reward():
         ([short, 0.5], TypeError, "`reward=0.5` must be callable"),
         ({"short": short}, TypeError, "`reward={'short': .*}` must be callable"),
         ("tests.rewards.test_combine.long", ValueError, "`reward='tests.rewards.test_combine.long'` must be a callable"),
-        ("tests.rewards.test_combine.math.pi", ValueError, "`reward='tests.rewards.test_combine.math.pi'`"),
+        ("math.pi", TypeError, "`reward=3.14.*` must be callable"),
     ],
 )
 def test_what_is_no_reward_is_an_error_that_quotes_it(rewards, error, complaint):
-    assert math.pi > 3
     with pytest.raises(error, match=complaint):
         CombinedReward(rewards)
