@@ -9,7 +9,7 @@ from typing import Any
 from lightning_rlhf.batches import ImitationBatch
 from lightning_rlhf.data.base import RLHFDataModule
 from lightning_rlhf.data.formats import Row, read_rows
-from lightning_rlhf.data.tokens import pad_id, padded, prompt_ids, response_ids
+from lightning_rlhf.data.tokens import ended, pad_id, padded, prompt_ids, response_ids
 
 
 class ConversationDataModule(RLHFDataModule):
@@ -18,7 +18,7 @@ class ConversationDataModule(RLHFDataModule):
     Args:
         rows: Dicts with ``text``, of which everything is learnt, or with ``prompt`` (a string or chat messages) and
             ``response``, of which the response is; plain strings are texts. Or the path of a JSONL file of these.
-            EOS is put after every text and response.
+            EOS is put after every text and response that lacks it.
         batch_size: Rows of a batch, per process.
         shuffle: Whether every epoch has an order of its own.
         seed: Of the orders; what ``seed_everything`` set, else 0, by default.
@@ -51,7 +51,7 @@ class ConversationDataModule(RLHFDataModule):
         try:
             if "text" in row:
                 ids = prompt_ids(row["text"], self.tokenizer)
-                prompt, response = ids[:1], [*ids[1:], self.tokenizer.eos_token_id]
+                prompt, response = ids[:1], ended(ids[1:], self.tokenizer)
             else:
                 prompt = prompt_ids(row["prompt"], self.tokenizer)
                 response = response_ids(row["response"], self.tokenizer)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DistributedSampler
 
-from lightning_rlhf.generation.chance import derived_seed
+from lightning_rlhf.chance import derived_seed
 
 
 @dataclass

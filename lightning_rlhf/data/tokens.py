@@ -60,8 +60,12 @@ def response_ids(response: str, tokenizer: Any) -> list[int]:
     Returns:
         The tokens.
     """
-    ids = list(tokenizer(response, add_special_tokens=False)["input_ids"])
-    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+    return ended(tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer)
+
+
+def ended(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    """Tokens with one EOS at their end, whether they had it or not."""
+    return [*ids] if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -144,11 +144,12 @@ class Decoder(nn.Module):
     def _caches(self, tokens: Tensor, plain: Tensor) -> bool:
         rows = torch.cat([tokens, tokens.flip(1)])
         mask = torch.ones_like(rows, dtype=torch.bool)
-        start = self(rows[:, :-1], mask[:, :-1], keep=1, use_cache=True)
+        first = tokens.shape[1] - 1
+        start = self(rows[:, :first], mask[:, :first], keep=1, use_cache=True)
         if not hasattr(start.cache, "batch_select_indices"):
             return False
         start.cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=tokens.device))
-        step = self(tokens[:, -1:], mask[:1], keep=1, cache=start.cache, use_cache=True)
+        step = self(tokens[:, first:], mask[:1], keep=1, cache=start.cache, use_cache=True)
         return _same(torch.cat([start.logits[:1], step.logits], dim=1), plain)
 
 

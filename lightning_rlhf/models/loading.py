@@ -102,9 +102,7 @@ class ModelSpec:
         config = AutoConfig.from_pretrained(name, **source)
         _check_decoder(name, config)
         options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
-        return AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=self._torch_dtype(), **source, **options
-        )
+        return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=self._torch_dtype(), **source, **options)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies beside the weights.

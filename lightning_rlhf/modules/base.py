@@ -17,9 +17,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from lightning_rlhf.chance import derived_seed, row_uniforms
 from lightning_rlhf.data.base import RLHFDataModule, run_seed
 from lightning_rlhf.data.tokens import padded, prompt_ids
-from lightning_rlhf.generation.chance import derived_seed, row_uniforms
 from lightning_rlhf.generation.decode import Decoded, DecodeLoop
 from lightning_rlhf.generation.sampling import Sampling, SamplingLike
 from lightning_rlhf.models.decoder import Decoder

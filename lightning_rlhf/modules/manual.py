@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_rlhf.batches import Experience
+from lightning_rlhf.chance import derived_seed
 from lightning_rlhf.functional.averaging import Averaging
 from lightning_rlhf.functional.kl import k3
 from lightning_rlhf.functional.masked import mean_and_variance, moments
-from lightning_rlhf.generation.chance import derived_seed
 from lightning_rlhf.models.loading import ModelLike
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.minibatches import Minibatch, MinibatchPlan

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_rlhf.generation.chance import derived_seed
+from lightning_rlhf.chance import derived_seed
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.ranks import rank, sum_over_ranks, world_size
 

@@ -11,9 +11,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_rlhf.batches import Experience, PromptBatch, Rollouts, Scores
+from lightning_rlhf.chance import row_uniforms
 from lightning_rlhf.data.base import RLHFDataModule
 from lightning_rlhf.functional.masked import moments, whiten
-from lightning_rlhf.generation.chance import row_uniforms
 from lightning_rlhf.generation.sampling import Sampling, SamplingLike
 from lightning_rlhf.models.loading import ModelLike, ModelSpec
 from lightning_rlhf.models.policy import Policy
