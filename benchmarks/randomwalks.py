@@ -9,7 +9,6 @@ library with the same, and this library with the example's own. All are scored b
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import os
 import tempfile
@@ -25,7 +24,7 @@ from rich.table import Table
 
 from benchmarks import plain_ppo
 from lightning_rlhf.examples.randomwalks.task import RandomWalks
-from lightning_rlhf.examples.randomwalks.training import SETTINGS, TRLX, ppo
+from lightning_rlhf.examples.randomwalks.training import OWN, TRLX, Recipe, ppo
 
 Run = Callable[[Path, int], tuple[transformers.PreTrainedModel, float]]
 
@@ -42,12 +41,12 @@ def plain(task: RandomWalks) -> Run:
     return run
 
 
-def ours(task: RandomWalks, settings: dict[str, object]) -> Run:
+def ours(task: RandomWalks, recipe: Recipe) -> Run:
     """This library, and the seconds from the module's making to the end of ``fit``, loading included."""
 
     def run(start: Path, seed: int) -> tuple[transformers.PreTrainedModel, float]:
         started = time.perf_counter()
-        module, _ = ppo(task, start, seed, copy.copy(settings), logger=False, enable_progress_bar=False)
+        module, _ = ppo(task, start, seed, recipe, logger=False, enable_progress_bar=False)
         return module.policy.decoder.model.eval(), time.perf_counter() - started
 
     return run
@@ -79,10 +78,10 @@ def main(args: list[str] | None = None) -> None:
     task = RandomWalks(options.graph_seed)
     runs = {
         "plain loop": plain(task),
-        "ours, trlX's settings": ours(task, TRLX),
-        "ours, own settings": ours(task, SETTINGS),
+        "ours, trlX's recipe": ours(task, TRLX),
+        "ours, own recipe": ours(task, OWN),
     }
-    table = Table(title=f"Random walks, graph {task.seed}: 2,800 episodes, 64 samples a start | greedy | seconds")
+    table = Table(title=f"Random walks, graph {task.seed}: 64 samples a start | greedy | seconds")
     for column in ("seed", "before", *runs):
         table.add_column(column, justify="right")
     rows: list[list[tuple[float, float, float]]] = []

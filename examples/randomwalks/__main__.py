@@ -13,7 +13,7 @@ from rich.table import Table
 from lightning_rlhf import SFTModule
 from lightning_rlhf.callbacks import RewardLogger
 from lightning_rlhf.examples.randomwalks.task import RandomWalks
-from lightning_rlhf.examples.randomwalks.training import ITERATIONS, SETTINGS, evaluate, ppo, warm_start
+from lightning_rlhf.examples.randomwalks.training import OWN, evaluate, ppo, warm_start
 
 
 def plot(rewards: list[float], floor: float, path: Path) -> None:
@@ -33,7 +33,7 @@ def plot(rewards: list[float], floor: float, path: Path) -> None:
     axes.plot(range(1, len(rewards) + 1), rewards, marker="o", label="PPO")
     axes.axhline(1.0, linestyle="--", color="tab:green", label="shortest walks")
     axes.axhline(floor, linestyle="--", color="tab:red", label="random walks")
-    axes.set(xlabel="iteration (140 episodes each)", ylabel="mean score of the episodes", ylim=(0.0, 1.05))
+    axes.set(xlabel="iteration (60 episodes each)", ylabel="mean score of the episodes", ylim=(0.0, 1.05))
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -49,7 +49,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--graph-seed", type=int, default=1000, help="which graph")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and sampling")
     parser.add_argument("--epochs", type=int, default=10, help="of imitation")
-    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="of PPO, 140 episodes each")
+    parser.add_argument("--iterations", type=int, default=OWN.iterations, help="of PPO, 60 episodes each")
     parser.add_argument("--output", type=Path, default=Path("outputs/randomwalks"), help="folder for what is left")
     options = parser.parse_args(args)
 
@@ -64,15 +64,13 @@ def main(args: list[str] | None = None) -> None:
 
     console.rule("2. PPO: the shorter the walk to `a`, the higher the score")
     logger = TensorBoardLogger(options.output, name="logs", default_hp_metric=False)
-    module, rewards = ppo(
-        task, start, options.seed, SETTINGS, options.iterations, logger=logger, callbacks=[RewardLogger()]
-    )
+    module, rewards = ppo(task, start, options.seed, OWN, options.iterations, logger=logger, callbacks=[RewardLogger()])
     after = evaluate(module, task)
     module.save_pretrained(final)
     curve = options.output / "curve.png"
     plot(rewards, task.random_walk_mean(), curve)
 
-    table = Table(title=f"Score on graph {task.seed}, {140 * options.iterations:,} episodes, seed {options.seed}")
+    table = Table(title=f"Score on graph {task.seed} after {60 * options.iterations:,} episodes, seed {options.seed}")
     table.add_column("")
     table.add_column("64 samples a start", justify="right")
     table.add_column("likeliest walk", justify="right")
