@@ -56,5 +56,5 @@ def derived_seed(seed: int, stream: Stream, *counters: int) -> int:
 
 def _key(seed: int, stream: Stream, counters: Sequence[int]) -> np.ndarray:
     """128 bits of a hash, as Philox takes them."""
-    digest = hashlib.blake2b(repr((seed, stream, tuple(counters))).encode(), digest_size=16).digest()
+    digest = hashlib.blake2b(repr((int(seed), stream, tuple(map(int, counters)))).encode(), digest_size=16).digest()
     return np.frombuffer(digest, dtype=np.uint64)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_rlhf.batches import Rollouts
 from lightning_rlhf.data.tokens import padded
+from lightning_rlhf.models.policy import NextToken
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -86,8 +87,8 @@ def network(config: PretrainedConfig, seed: int = 0, spread: float = 3.0) -> Pre
 def bigram(probabilities: Tensor) -> PreTrainedModel:
     """A GPT-2 without dropout that looks one token back: row i of the table is what follows token i.
 
-    Token i is embedded as 1 at i and -1 at i + n, of 2n numbers, which the final norm multiplies by the root of n:
-    :func:`bigram_states` is what the head reads. Positions, attention and the rest add nothing.
+    Token i is embedded as 1 at i and -1 at i + n, of 2n numbers, and the final norm multiplies that by the root of n
+    before the head reads it. Positions, attention and the rest add nothing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -106,9 +107,33 @@ def bigram(probabilities: Tensor) -> PreTrainedModel:
     return model
 
 
-def bigram_states(tokens: Tensor, n: int) -> Tensor:
-    """What the head of a :func:`bigram` of n tokens reads after each of these."""
-    return n**0.5 * torch.cat([torch.eye(n), -torch.eye(n)], dim=1)[tokens]
+class Scripted:
+    """A policy that says what is written for it, whatever is drawn: the first token of a prompt names its line.
+
+    The value before token t of line i is 100 i + t. Where a line has come to its end, token 20 follows, which must
+    never be seen.
+    """
+
+    def __init__(self, lines: Sequence[Sequence[int]], prompt_width: int) -> None:
+        self.lines = lines
+        self.prompt_width = prompt_width
+        self.batch_sizes: list[int] = []
+
+    def check_padding(self, prompt_mask: Tensor) -> None:
+        pass
+
+    def next_token(self, tokens: Tensor, mask: Tensor, cache: Any) -> NextToken:
+        assert cache is None
+        assert tokens.shape == mask.shape
+        self.batch_sizes.append(len(tokens))
+        t = tokens.shape[1] - self.prompt_width
+        logits = torch.zeros(len(tokens), VOCABULARY)
+        values = torch.zeros(len(tokens))
+        for i in range(len(tokens)):
+            line = int(tokens[i][mask[i]][0])
+            logits[i, self.lines[line][t] if t < len(self.lines[line]) else 20] = 1e4
+            values[i] = 100.0 * line + t
+        return NextToken(logits, values, None)
 
 
 def written(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int = PAD) -> Rollouts:

@@ -15,6 +15,12 @@ from lightning_rlhf.batches import Batch
 from lightning_rlhf.data.cursor import Cursor, CursorSampler
 from lightning_rlhf.data.formats import Row
 
+_WRONG_ADVICE = (
+    ".*does not have many workers",  # few are right for rows that only need padding
+    "You're resuming from a checkpoint that ended before the epoch ended",  # the place is kept, if not by them
+)
+"""What Lightning warns of that does not hold for these loaders."""
+
 
 def run_seed(seed: int | None) -> int:
     """A seed as given, or what ``seed_everything`` set, else 0."""
@@ -90,8 +96,8 @@ class RLHFDataModule(L.LightningDataModule, ABC):
         world_size = 1 if self.trainer is None else self.trainer.world_size
         rank = 0 if self.trainer is None else self.trainer.global_rank
         sampler = CursorSampler(items, self.cursor, self.batch_size, self.shuffle, self.seed, world_size, rank)
-        # Few workers are right for rows that only need padding, and the place in the data is this module's business.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        for advice in _WRONG_ADVICE:
+            warnings.filterwarnings("ignore", message=advice)
         return DataLoader(
             items,  # type: ignore[arg-type]
             batch_size=self.batch_size,

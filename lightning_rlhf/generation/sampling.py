@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class Sampling:
 
     def but(self, changes: SamplingLike) -> Sampling:
         """The same with some fields changed; a whole :class:`Sampling` replaces it."""
-        return replace(self, **changes) if isinstance(changes, Mapping) else changes or self
+        return Sampling.of({**asdict(self), **changes}) if isinstance(changes, Mapping) else changes or self
 
     def plain(self) -> dict[str, Any]:
         """The fields as plain values."""

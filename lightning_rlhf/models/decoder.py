@@ -66,6 +66,7 @@ class Decoder(nn.Module):
         keep: int,
         cache: Any = None,
         use_cache: bool = False,
+        positions: Int[Tensor, "batch new"] | None = None,
     ) -> DecoderOutput:
         """Reads tokens, after those in the cache if there is one.
 
@@ -75,13 +76,14 @@ class Decoder(nn.Module):
             keep: For how many of the last positions logits are wanted.
             cache: From an earlier call.
             use_cache: Whether the output should hold a cache.
+            positions: Of the tokens that are read; by default those that the mask counts.
 
         Returns:
             Logits, states and cache.
         """
         arguments: dict[str, Any] = {
             "attention_mask": mask.long(),
-            "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :],
+            "position_ids": positions_of(mask)[:, -tokens.shape[1] :] if positions is None else positions,
             "logits_to_keep": keep,
             "use_cache": use_cache,
         }
@@ -151,6 +153,18 @@ class Decoder(nn.Module):
         start.cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=tokens.device))
         step = self(tokens[:, first:], mask[:1], keep=1, cache=start.cache, use_cache=True)
         return _same(torch.cat([start.logits[:1], step.logits], dim=1), plain)
+
+
+def positions_of(mask: Bool[Tensor, "batch total"]) -> Int[Tensor, "batch total"]:
+    """Numbers the real tokens of every row from 0; padding before them is at 0, and behind them where they end.
+
+    Args:
+        mask: True where a token is real.
+
+    Returns:
+        The positions.
+    """
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def _same(logits: Tensor, expected: Tensor) -> bool:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lightning_rlhf.functional.logprobs import response_inputs, response_logprobs
-from lightning_rlhf.models.decoder import Decoder
+from lightning_rlhf.models.decoder import Decoder, positions_of
 
 
 class Responses(Protocol):
@@ -84,9 +84,11 @@ class Policy(nn.Module):
             torch.where(batch.response_mask, batch.response_tokens, 0),
         )
         self.check_padding(batch.prompt_mask)
-        # Right padding comes after everything that counts, where a causal model does not look: it needs no mask.
+        # Right padding comes after everything that counts, where a causal model does not look: it needs no mask. But
+        # it must not be numbered: behind a long prompt the model may have no more positions.
         mask = response_inputs(batch.prompt_mask, torch.ones_like(batch.response_mask))
-        output = self.decoder(tokens, mask, keep=batch.response_tokens.shape[1])
+        positions = positions_of(response_inputs(batch.prompt_mask, batch.response_mask))
+        output = self.decoder(tokens, mask, keep=batch.response_tokens.shape[1], positions=positions)
         targets = torch.where(batch.response_mask, batch.response_tokens, 0)
         logprobs, entropy = response_logprobs(output.logits, targets, self.temperature)
         return PolicyOutput(logprobs, entropy, None if self.value_head is None else self.value_head(output.states))

@@ -27,6 +27,7 @@ class Reference:
         self.network = network.requires_grad_(False).eval()
         self.is_named = is_named
         self._fingerprint: str | None = None  # of weights that do not change, and may take minutes to read
+        self._expected: str | None = None  # what a checkpoint said
 
     @classmethod
     def copied_from(cls, policy: Policy, is_named: bool) -> Reference:
@@ -69,22 +70,32 @@ class Reference:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes saved weights back, or makes sure that those at hand are the same.
+        """Takes saved weights back; :meth:`check` then says whether they are what was saved.
 
         Args:
             state: From :meth:`state_dict`.
-
-        Raises:
-            ValueError: If they are not.
         """
         if "weights" in state:
             self.network.load_state_dict(state["weights"])
+        self._fingerprint, self._expected = None, state["fingerprint"]
+
+    def check(self) -> None:
+        """Makes sure that a resumed run has the reference that it began with.
+
+        To be called when the weights have the type in which they are used, since that is how they were saved.
+
+        Raises:
+            ValueError: If it has another.
+        """
+        if self._expected is None:
+            return
         self._fingerprint = fingerprint(self.network)
-        if self._fingerprint != state["fingerprint"]:
+        if self._fingerprint != self._expected:
             raise ValueError(
                 "`reference` is not the one that the checkpoint was trained against: its weights differ. Resume with "
                 "the model that the run began with."
             )
+        self._expected = None
 
 
 @torch.no_grad()

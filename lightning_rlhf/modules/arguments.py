@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from lightning_rlhf.generation.sampling import Sampling
 from lightning_rlhf.models.loading import ModelSpec
 from lightning_rlhf.modules.optimization import plain_factory
@@ -84,6 +86,8 @@ def _known_arguments(cls: type) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, ModelSpec):

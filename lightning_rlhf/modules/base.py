@@ -243,7 +243,13 @@ class RLHFModule(L.LightningModule, ABC):
         if stop and stop not in self._stopping:
             from transformers import StopStringCriteria
 
-            self._stopping[stop] = StopStringCriteria(self.tokenizer, list(stop))
+            try:
+                self._stopping[stop] = StopStringCriteria(self.tokenizer, list(stop))
+            except Exception as error:
+                raise ValueError(
+                    f"`stop={list(stop)}` needs a tokenizer that can write any text, and this one cannot: {error}. "
+                    "Leave `stop` empty, or use another tokenizer."
+                ) from error
         return self._stopping.get(stop)
 
     # --- training -----------------------------------------------------------------------------------------------

@@ -63,9 +63,9 @@ class ManualModule(RLHFModule):
     ) -> None:
         super().__init__(policy, **kwargs)
         self.automatic_optimization = False
-        sizes = {"num_epochs": num_epochs, "minibatch_size": minibatch_size, "micro_batch_size": micro_batch_size or 1}
+        sizes = {"num_epochs": num_epochs, "minibatch_size": minibatch_size, "micro_batch_size": micro_batch_size}
         for name, size in sizes.items():
-            if size < 1:
+            if size is not None and size < 1:
                 raise ValueError(f"`{name}={size}` must be at least 1.")
         if averaging not in ("tokens", "responses", "length"):
             raise ValueError(f"`averaging={averaging!r}` must be 'tokens', 'responses' or 'length'.")

@@ -215,6 +215,11 @@ class OnlineModule(ManualModule):
         if resumed and not isinstance(getattr(self.trainer, "datamodule", None), RLHFDataModule):
             rank_zero_warn("Resumed with a data loader that does not remember its place: an epoch begins anew.")
 
+    def on_train_start(self) -> None:
+        """Makes sure of the reference, once everything is restored and converted."""
+        if self.reference is not None:
+            self.reference.check()
+
     # --- networks and state -------------------------------------------------------------------------------------
 
     def build(self) -> None:
@@ -238,7 +243,7 @@ class OnlineModule(ManualModule):
         """Adds what is neither weight nor optimizer."""
         checkpoint[STATE] = {
             "iteration": self.iteration,
-            "kl_coef": self.kl_coef,
+            "kl_coef": float(self.kl_coef),  # a NumPy number would not load with `weights_only=True`
             "scaler": self.scaled.state_dict(),
             "reference": None if self.reference is None else self.reference.state_dict(),
         }

@@ -11,11 +11,14 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-OptimizerLike = Callable[[Any], Optimizer] | Mapping[str, Any] | None
-"""Makes an optimizer of parameter groups; or ``{"class_path": ..., "init_args": ...}``; None is the default."""
+from lightning_rlhf.rewards.functions import imported
+
+OptimizerLike = Callable[[Any], Optimizer] | Mapping[str, Any] | str | None
+"""Makes an optimizer of parameter groups: a factory, its dotted name, or ``{"class_path": ..., "init_args": ...}``; by
+default AdamW."""
 
 Schedule = Literal["constant", "linear", "cosine"]
-SchedulerLike = Callable[[Optimizer], LRScheduler] | Schedule
+SchedulerLike = Callable[[Optimizer], LRScheduler] | Mapping[str, Any] | Schedule | str
 
 
 def default_optimizer(parameters: Any) -> Optimizer:
@@ -33,11 +36,7 @@ def make_optimizer(optimizer: OptimizerLike, groups: list[dict[str, Any]]) -> Op
     Returns:
         The optimizer.
     """
-    if isinstance(optimizer, Mapping):
-        from lightning.pytorch.cli import instantiate_class  # it loads the command line's parser
-
-        return instantiate_class(groups, dict(optimizer))
-    return (optimizer or default_optimizer)(groups)
+    return _factory(default_optimizer if optimizer is None else optimizer, "optimizer")(groups)
 
 
 def make_scheduler(
@@ -46,8 +45,8 @@ def make_scheduler(
     """Builds a schedule over an optimizer, to be stepped after every update.
 
     Args:
-        scheduler: A factory, which counts for itself; or a name: the rate stays, falls to 0 in a line, or as half a
-            cosine.
+        scheduler: A factory or its plain form, which counts for itself; or a name: the rate stays, falls to 0 in a
+            line, or as half a cosine.
         optimizer: Whose rates are set.
         warmup_updates: Over so many updates a named schedule also rises in a line.
         progress: How far the run has come, from 0 to 1.
@@ -58,17 +57,17 @@ def make_scheduler(
     Raises:
         ValueError: If there is no such name, or warm-up is asked of a factory.
     """
-    if callable(scheduler):
-        if warmup_updates:
-            raise ValueError(
-                f"`warmup_updates={warmup_updates}` goes with a named `lr_scheduler`: a factory has its own."
-            )
-        return scheduler(optimizer)
     shapes: dict[str, Callable[[float], float]] = {
         "constant": lambda p: 1.0,
         "linear": lambda p: 1.0 - p,
         "cosine": lambda p: 0.5 * (1.0 + math.cos(math.pi * p)),
     }
+    if not isinstance(scheduler, str) or "." in scheduler:
+        if warmup_updates:
+            raise ValueError(
+                f"`warmup_updates={warmup_updates}` goes with a named `lr_scheduler`: a factory has its own."
+            )
+        return _factory(scheduler, "lr_scheduler")(optimizer)
     if scheduler not in shapes:
         raise ValueError(f"`lr_scheduler={scheduler!r}` must be one of {sorted(shapes)}, or a factory.")
     shape = shapes[scheduler]
@@ -78,6 +77,17 @@ def make_scheduler(
         return warm * shape(min(1.0, progress()))
 
     return LambdaLR(optimizer, factor)
+
+
+def _factory(factory: Any, argument: str) -> Callable[[Any], Any]:
+    """A factory, whatever form it has."""
+    if isinstance(factory, str):
+        factory = imported(factory, argument)
+    elif isinstance(factory, Mapping) and "class_path" in factory:
+        factory = functools.partial(imported(factory["class_path"], argument), **factory.get("init_args", {}))
+    if not callable(factory):
+        raise TypeError(f"`{argument}={factory!r}` must be a factory, or a dict with 'class_path' and 'init_args'.")
+    return factory
 
 
 def plain_factory(factory: Any) -> Any:

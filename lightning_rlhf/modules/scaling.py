@@ -68,8 +68,9 @@ class ScoreScaler:
     def _scale(self, total: Tensor) -> float:
         if self.scaling == "running" or self.moments[0] == 0:
             self.moments = self.moments + sum_over_ranks(moments(total)).cpu()
-        _, variance = mean_and_variance(self.moments, ddof=1)
-        return float(variance.sqrt()) or 1.0  # equal scores have no scale of their own
+        mean, variance = mean_and_variance(self.moments, ddof=1)
+        # Equal scores have no scale of their own: what their moments leave is rounding.
+        return float(variance.sqrt()) if variance > 1e-12 * mean.square() else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """The moments so far."""

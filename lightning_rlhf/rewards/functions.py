@@ -137,11 +137,12 @@ def _parameters(function: Reward) -> tuple[frozenset[str], bool]:
     return frozenset(by_name), any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def imported(name: str) -> Any:
+def imported(name: str, argument: str = "reward") -> Any:
     """The object behind a dotted name, such as ``"my_reward.score"``.
 
     Args:
         name: Module and attribute.
+        argument: What the user calls it, for errors.
 
     Returns:
         What it names.
@@ -154,7 +155,7 @@ def imported(name: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"`reward={name!r}` must be a callable or the dotted name of one that can be imported: {error}"
+            f"`{argument}={name!r}` must be a callable or the dotted name of one that can be imported: {error}"
         ) from error
 
 

@@ -29,7 +29,7 @@ def test_seed_1000_is_the_graph_of_the_published_numbers(task: RandomWalks):
 
 
 def test_the_first_walks_are_those_that_trlx_draws(task: RandomWalks):
-    # `generate_random_walks(seed=1000)` of trlX's examples/randomwalks/randomwalks.py, run beside this.
+    # `generate_random_walks(seed=1000)` of trlX's examples/randomwalks/randomwalks.py.
     assert task.walks[:3] == ["sda", "fda", "ebjnbdtkna"]
 
 

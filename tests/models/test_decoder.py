@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lightning_rlhf.data.tokens import padded
-from lightning_rlhf.models.decoder import Decoder
+from lightning_rlhf.models.decoder import Decoder, positions_of
 from tests.networks import ARCHITECTURES, MORE, PAD, USUAL, network, random_rows, tiny_gpt2
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -37,6 +37,12 @@ def test_positions_count_real_tokens_only() -> None:
         [0, 0, 0, 0, 0, 0, 0, 0, 0],
     ]
     assert arguments["attention_mask"].tolist() == mask.long().tolist()
+
+
+@pytest.mark.invariant(2)
+def test_padding_has_the_position_of_the_token_before_it() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 0]]).bool()
+    assert positions_of(mask).tolist() == [[0, 0, 0, 1, 2, 2, 2], [0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 0, 0]]
 
 
 @pytest.mark.invariant(2)
@@ -78,6 +84,15 @@ def test_states_are_what_the_head_reads(name: str) -> None:
     assert_close(output.logits, logits, **CLOSE)
     assert_close(output.logits, model(input_ids=tokens).logits[:, -4:], **CLOSE)
     assert output.cache is None
+
+
+def test_a_model_that_gives_all_logits_is_cut_to_those_that_were_asked_for() -> None:
+    decoder = Decoder(network(tiny_gpt2()))
+    tokens, mask = padded(ROWS, PAD, "left")
+    expected = decoder(tokens, mask, keep=3)
+    decoder.accepted -= {"logits_to_keep"}
+    assert_close(decoder(tokens, mask, keep=3).logits, expected.logits, **CLOSE)
+    assert_close(decoder(tokens, mask, keep=3).states, expected.states, **CLOSE)
 
 
 @pytest.mark.parametrize("name", [*USUAL, *MORE])

@@ -12,7 +12,19 @@ from lightning_rlhf.data.tokens import padded
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.heads import ValueHead
 from lightning_rlhf.models.policy import Policy
-from tests.networks import ARCHITECTURES, MORE, PAD, USUAL, VOCABULARY, bigram, network, random_rows, tiny_gpt2, written
+from tests.networks import (
+    ARCHITECTURES,
+    MORE,
+    PAD,
+    POSITIONS,
+    USUAL,
+    VOCABULARY,
+    bigram,
+    network,
+    random_rows,
+    tiny_gpt2,
+    written,
+)
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -107,6 +119,16 @@ def test_prompts_of_one_length_need_no_left_padding_to_be_read_right() -> None:
         logits = policy.decoder.model(input_ids=torch.tensor([prompt + response])).logits[0]
         for t, token in enumerate(response):
             assert_close(got[i, t], torch.log_softmax(logits[len(prompt) + t - 1], dim=0)[token], **CLOSE)
+
+
+@pytest.mark.invariant(1, 2)
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "opt", "bloom", "llama", "gemma2", "gpt_bigcode", "mamba"])
+def test_rows_for_each_of_which_there_is_room_fit_side_by_side(name: str) -> None:
+    policy = policy_of(network(ARCHITECTURES[name]()))
+    prompts, responses = random_rows([POSITIONS - 4, 4], seed=5), random_rows([4, POSITIONS - 4], seed=6)
+    together = flat(policy(written(prompts, responses)).logprobs, written(prompts, responses).response_mask)
+    alone = [policy(written([p], [r])).logprobs[0] for p, r in zip(prompts, responses, strict=True)]
+    assert_close(together, torch.cat(alone), **CLOSE)
 
 
 def test_a_model_that_cannot_be_padded_refuses_prompts_of_different_lengths_by_name() -> None:

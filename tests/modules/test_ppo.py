@@ -290,3 +290,18 @@ def test_rewards_are_averaged_over_responses_not_over_batches():
     assert seen.metrics[0]["reward/std"] == pytest.approx(float(scores.std()), abs=1e-6)
     lengths = experience.response_mask.sum(1).double()
     assert seen.metrics[0]["response/length"] == pytest.approx(float(lengths.mean()), abs=1e-6)
+
+
+@pytest.mark.invariant(36)
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_run_in_another_precision_knows_its_reference_again(tmp_path, precision):
+    folder = tmp_path / "policy"
+    network(tiny_gpt2(), seed=1).save_pretrained(folder)
+    trainer = bare_trainer(max_epochs=1, precision=precision)
+    data = {"prompts": PROMPTS, "batch_size": 6}
+    trainer.fit(module_of(PPOModule, folder, optimizer=None), datamodule=PromptDataModule(**data))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    resumed = module_of(PPOModule, folder, optimizer=None)
+    trainer = bare_trainer(max_epochs=2, precision=precision)
+    trainer.fit(resumed, datamodule=PromptDataModule(**data), ckpt_path=tmp_path / "run.ckpt")
+    assert resumed.iteration == 2

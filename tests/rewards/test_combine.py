@@ -147,7 +147,11 @@ def test_a_weight_of_zero_still_logs_its_reward():
         (0.5, TypeError, "`reward=0.5` must be callable"),
         ([short, 0.5], TypeError, "`reward=0.5` must be callable"),
         ({"short": short}, TypeError, "`reward={'short': .*}` must be callable"),
-        ("tests.rewards.test_combine.long", ValueError, "`reward='tests.rewards.test_combine.long'` must be a callable"),
+        (
+            "tests.rewards.test_combine.long",
+            ValueError,
+            "`reward='tests.rewards.test_combine.long'` must be a callable",
+        ),
         ("math.pi", TypeError, "`reward=3.14.*` must be callable"),
     ],
 )

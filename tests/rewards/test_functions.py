@@ -141,7 +141,19 @@ def test_a_name_can_be_given():
         (score for score in (0.5, 1.0, 2.0)),
         map(float, (0.5, 1, 2)),
     ],
-    ids="list tuple numpy single tensor bfloat16 numpy_numbers tensors arrays generator map".split(),
+    ids=[
+        "list",
+        "tuple",
+        "numpy",
+        "single",
+        "tensor",
+        "bfloat16",
+        "numpy_numbers",
+        "tensors",
+        "arrays",
+        "generator",
+        "map",
+    ],
 )
 def test_scores_may_come_as_anything_that_holds_numbers(scores):
     assert scored(lambda prompts, responses: scores) == [0.5, 1.0, 2.0]
@@ -156,7 +168,7 @@ def test_scores_may_come_as_anything_that_holds_numbers(scores):
         [np.array([1.0, 2.0]), np.array([3]), np.array([4, 5, 6])],
         [[torch.tensor(1), 2], [np.float32(3)], [4, 5, 6]],
     ],
-    ids="lists tuples tensors arrays mixed".split(),
+    ids=["lists", "tuples", "tensors", "arrays", "mixed"],
 )
 def test_dense_scores_may_too(scores):
     assert scored(lambda prompts, responses: scores) == [[1.0, 2.0], [3.0], [4.0, 5.0, 6.0]]
@@ -221,7 +233,9 @@ def explode_later(prompts, responses):
 @pytest.mark.invariant(39)
 @pytest.mark.parametrize("reward", [explode, explode_later])
 def test_a_reward_that_raises_is_named_and_its_own_error_kept(reward):
-    with pytest.raises(RuntimeError, match=f"^`reward` '{reward.__name__}' raised KeyError.*first of which is 'b'") as e:
+    with pytest.raises(
+        RuntimeError, match=f"^`reward` '{reward.__name__}' raised KeyError.*first of which is 'b'"
+    ) as e:
         scored(reward)
     assert isinstance(e.value.__cause__, KeyError)
 

@@ -1,0 +1,318 @@
+"""What users get wrong: every message names the argument, the value it got, and what would do."""
+
+import functools
+import re
+
+import pytest
+from lightning.pytorch.strategies import FSDPStrategy
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader
+from transformers import BertConfig, GPT2Model, T5Config
+
+from lightning_rlhf import ConversationDataModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
+from lightning_rlhf.batches import PromptBatch
+from lightning_rlhf.data.tokens import padded
+from tests.networks import POSITIONS, network, tiny_gpt2, word_tokenizer
+from tests.training import bare_trainer, fit, module_of
+
+LONG = " ".join("abcdefghij" * 6)  # 60 tokens: with a response of up to six, more than the model's 64 positions
+
+
+def complains(message, error=ValueError):
+    return pytest.raises(error, match=re.escape(message))
+
+
+def ppo(*args, **arguments):
+    return module_of(PPOModule, *args, **arguments)
+
+
+def no_score(prompts, responses):
+    raise AssertionError("it must not come to that")
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("data", "name"), [(PromptDataModule, "prompts"), (ConversationDataModule, "rows")])
+def test_no_rows(data, name):
+    with complains(f"`{name}` is empty: give at least one row."):
+        data([])
+
+
+@pytest.mark.parametrize(("data", "name"), [(PromptDataModule, "prompts"), (ConversationDataModule, "rows")])
+def test_a_file_that_is_missing(data, name):
+    with complains(f"`{name}='data/missing.jsonl'`: there is no such file (looked in ", FileNotFoundError):
+        data("data/missing.jsonl")
+
+
+def test_a_prompt_that_is_too_long_is_named_before_anything_is_written():
+    room = POSITIONS - 6
+    with complains(f"`prompts[1]` has 60 tokens, and the model has room for {room}: shorten it or leave it out."):
+        fit(ppo(reward=no_score), prompts=["a", LONG, "b"])
+
+
+def test_a_text_that_is_too_long_is_named_before_anything_is_learnt():
+    data = ConversationDataModule(["a", f"{LONG} a b c d"])
+    with complains(f"`rows[1]` has 65 tokens, and the model has room for {POSITIONS}: shorten it or leave it out."):
+        bare_trainer(max_epochs=1).fit(SFTModule(tiny_gpt2(), tokenizer=word_tokenizer()), datamodule=data)
+
+
+TOO_LONG = (
+    "`prompts`: number 1 of the batch has 60 tokens, which with `max_new_tokens=6` is more than the policy's 64 "
+    "positions: shorten it or leave it out."
+)
+
+
+def test_a_prompt_that_is_too_long_through_a_loader_of_ones_own():
+    def collate(prompts):
+        ids = [word_tokenizer()(prompt)["input_ids"] for prompt in prompts]
+        tokens, mask = padded(ids, 0, "left")
+        return PromptBatch(prompt_tokens=tokens, prompt_mask=mask, prompts=prompts)
+
+    with complains(TOO_LONG):
+        bare_trainer(max_epochs=1).fit(ppo(reward=no_score), DataLoader(["a", LONG], batch_size=2, collate_fn=collate))
+
+
+def test_a_prompt_that_is_too_long_to_be_answered():
+    module = ppo()
+    with complains(TOO_LONG):
+        module.generate(["a", LONG])
+    module.generate(["a", LONG], {"max_new_tokens": 4})
+
+
+def test_a_prompt_that_is_no_text():
+    with complains("`prompts[1]`: `prompt=3` must be a string, or a list of chat messages"):
+        fit(ppo(reward=no_score), prompts=["a", 3])
+    with complains("`prompt=3` must be a string, or a list of chat messages"):
+        ppo().generate([3])
+
+
+def test_chat_messages_for_a_tokenizer_without_a_template():
+    chat = [{"role": "user", "content": "a"}]
+    with complains("`prompts[0]`: `prompt` is a list of chat messages, and the tokenizer has no chat template: set"):
+        fit(ppo(reward=no_score), prompts=[chat])
+
+
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.invariant(39)
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0, 2.0], "`reward` 'cats' returned 2 scores for 3 responses: it must return one for each, in order."),
+        ([1.0, float("nan"), 1.0], "`reward` 'cats' gave nan for response 1 ("),
+        ([1.0, 1.0, float("inf")], "`reward` 'cats' gave inf for response 2 ("),
+        ([None, 1.0, 1.0], "`reward` 'cats' gave None for response 0 ("),
+        (None, "`reward` 'cats' returned None: it must return a list with one score per response."),
+    ],
+)
+def test_a_reward_that_does_not_fit(scores, message):
+    def cats(prompts, responses):
+        return scores
+
+    with complains(message):
+        fit(ppo(reward=cats), prompts=["a", "b", "c"])
+
+
+def test_a_reward_that_cannot_be_imported():
+    with complains("`reward='my_reward.score'` must be a callable or the dotted name of one that can be imported"):
+        ppo(reward="my_reward.score")
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_argument():
+    with complains("`clip_rnage=0.1` is no argument of PPOModule: did you mean `clip_range`?", TypeError):
+        ppo(clip_rnage=0.1)
+    with complains("`kl_coeff=0.1` is no argument of SFTModule: it takes ", TypeError):
+        SFTModule(tiny_gpt2(), kl_coeff=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_epochs": 0}, "`num_epochs=0` must be at least 1."),
+        ({"minibatch_size": 0}, "`minibatch_size=0` must be at least 1."),
+        ({"micro_batch_size": 0}, "`micro_batch_size=0` must be at least 1."),
+        ({"responses_per_prompt": 0}, "`responses_per_prompt=0` must be at least 1."),
+        ({"averaging": "mean"}, "`averaging='mean'` must be 'tokens', 'responses' or 'length'."),
+        ({"max_grad_norm": 0.0}, "`max_grad_norm=0.0` must be positive, or None for no limit."),
+        ({"target_kl": -1.0}, "`target_kl=-1.0` must be positive, or None for no limit."),
+        ({"reward_clip": 0.0}, "`reward_clip=0.0` must be positive, or None to clip nothing."),
+        ({"reward_scaling": "std"}, "`reward_scaling='std'` must be 'running', 'first' or None."),
+        ({"gamma": 1.5}, "`gamma=1.5` must lie between 0 and 1."),
+        ({"gae_lambda": -0.1}, "`gae_lambda=-0.1` must lie between 0 and 1."),
+        ({"dual_clip": 0.5}, "`dual_clip=0.5` must be above 1, or None: it bounds a ratio from above."),
+        ({"reward": []}, "`reward=[]` names no reward: give at least one callable."),
+    ],
+)
+def test_a_number_or_name_out_of_range(arguments, message):
+    with complains(message):
+        ppo(**arguments)
+
+
+@pytest.mark.invariant(22)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kl_in": "both"}, "`kl_in='both'` must be 'reward' or 'loss': the divergence is charged once."),
+        ({"kl_estimator": "k3"}, "`kl_estimator='k3'` goes with `kl_in='loss'`: the reward is charged k1."),
+        ({"kl_in": "loss"}, "`kl_estimator='k1'` does nothing with `kl_in='loss'`, since its expected gradient is 0: "),
+        ({"kl_coef": -0.1}, "`kl_coef=-0.1` must not be negative: it is the price of leaving the reference."),
+        ({"kl_coef": float("nan")}, "`kl_coef=nan` must not be negative"),
+        ({"kl_coef": 0, "reference": "sft"}, "`reference='sft'` would be read by nothing at `kl_coef=0`: leave one"),
+    ],
+)
+def test_a_divergence_that_nothing_would_read_or_two_things_would(arguments, message):
+    with complains(message):
+        ppo(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "error", "message"),
+    [
+        ({"max_tokens": 3}, TypeError, "`sampling` knows no ['max_tokens']: it takes ['max_new_tokens', "),
+        ({"max_new_tokens": 0}, ValueError, "`max_new_tokens=0` must be at least 1."),
+        ({"temperature": -1}, ValueError, "`temperature=-1` must be positive, or 0 for the likeliest token."),
+        ({"temperature": 0}, ValueError, "`sampling.temperature=0` takes the likeliest token, on which nothing can be"),
+        ({"top_p": 0.0}, ValueError, "`top_p=0.0` must lie in (0, 1], or be None for all tokens."),
+    ],
+)
+def test_a_sampling_that_cannot_be(sampling, error, message):
+    with complains(message, error):
+        ppo(sampling=sampling)
+    if sampling.get("temperature") != 0:
+        with complains(message, error):
+            ppo().generate(["a"], sampling)
+
+
+def test_one_prompt_where_a_list_is_wanted():
+    with complains("`prompts='a b'` must be a list of prompts: write ['a b'].", TypeError):
+        ppo().generate("a b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"lr_scheduler": "square"}, ValueError, "`lr_scheduler='square'` must be one of ['constant', 'cosine', "),
+        ({"optimizer": "adamw"}, ValueError, "`optimizer='adamw'` must be a callable or the dotted name of one"),
+        ({"optimizer": {"lr": 1.0}}, TypeError, "`optimizer={'lr': 1.0}` must be a factory, or a dict with 'class_"),
+        (
+            {"lr_scheduler": functools.partial(StepLR, step_size=1), "warmup_updates": 3},
+            ValueError,
+            "`warmup_updates=3` goes with a named `lr_scheduler`: a factory has its own.",
+        ),
+    ],
+)
+def test_an_optimizer_or_schedule_that_cannot_be_made(arguments, error, message):
+    with complains(message, error):
+        fit(ppo(reward=no_score, **arguments))
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["./missing", "/no/such/folder", "runs/ppo/last"])
+def test_a_folder_that_is_missing(name):
+    message = f"`model='{name}'` looks like a folder, and there is none: check the path."
+    with complains(message):
+        PPOModule(name, reward=no_score).generate(["a"])
+    with complains(message):
+        fit(PPOModule(name, reward=no_score))
+    with complains(message):
+        ppo(reference=name).configure_model()
+
+
+@pytest.mark.parametrize("policy", [tiny_gpt2(), network(tiny_gpt2()), ModelSpec(tiny_gpt2())])
+def test_a_model_without_a_name_needs_a_tokenizer(policy):
+    with complains("`tokenizer=None` must be given where the model is a config or an object: pass one."):
+        SFTModule(policy).generate(["a"])
+
+
+def test_what_is_no_decoder():
+    with complains("is an encoder-decoder: only decoder-only models are supported so far."):
+        ppo(T5Config(d_model=8, num_layers=1, num_heads=1, d_ff=8)).configure_model()
+    with complains("`model=GPT2Model` has no language-modelling head: load it as ...ForCausalLM."):
+        ppo(GPT2Model(tiny_gpt2())).configure_model()
+    with complains("`model=3` must be a hub name, a folder, a transformers config or a PreTrainedModel.", TypeError):
+        ppo(3).configure_model()
+
+
+@pytest.mark.filterwarnings("ignore:If you want to use `BertLMHeadModel`")
+def test_a_model_that_looks_ahead():
+    config = BertConfig(vocab_size=24, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    with complains("looks at tokens that come later, so that it cannot write"):
+        ppo(config).configure_model()
+
+
+def test_a_type_that_weights_cannot_have():
+    with complains("`dtype='int8'` must be a floating-point type such as 'float32' or 'bfloat16'."):
+        ppo(ModelSpec(tiny_gpt2(), dtype="int8")).configure_model()
+
+
+def config_without_special_tokens():
+    config = tiny_gpt2(initializer_range=0.3)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    return config
+
+
+def test_a_tokenizer_without_eos():
+    with complains("`tokenizer` has no EOS token, so that no response could end: set `tokenizer.eos_token`"):
+        ppo(config_without_special_tokens(), tokenizer=word_tokenizer(eos=False)).generate(["a"])
+
+
+@pytest.mark.invariant(3)
+def test_a_tokenizer_without_pad_works_and_eos_fills():
+    tokenizer = word_tokenizer(pad=False)
+    module = ppo(config_without_special_tokens(), tokenizer=tokenizer, sampling={"max_new_tokens": 20})
+    experience = fit(module, iterations=2).experiences[0]
+    assert experience.prompt_tokens[~experience.prompt_mask].unique().tolist() == [tokenizer.eos_token_id]
+    ended = ~experience.truncated
+    lengths = experience.response_mask.sum(1)
+    last = experience.response_tokens.gather(1, lengths[:, None] - 1).squeeze(1)
+    assert ended.any()
+    assert last[ended].unique().tolist() == [tokenizer.eos_token_id]
+    rows = ConversationDataModule(["a b c", "d"])
+    bare_trainer(max_epochs=1).fit(SFTModule(tiny_gpt2(), tokenizer=tokenizer), datamodule=rows)
+
+
+# --- the trainer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"gradient_clip_val": 0.5},
+            "`Trainer(gradient_clip_val=0.5)` does not reach the updates of PPOModule: give it `max_grad_norm=0.5` "
+            "instead.",
+        ),
+        (
+            {"accumulate_grad_batches": 4},
+            "`Trainer(accumulate_grad_batches=4)` does not reach the updates of PPOModule: give it a "
+            "`micro_batch_size` smaller than `minibatch_size` instead.",
+        ),
+    ],
+)
+def test_flags_that_cannot_reach_updates_by_hand(flags, message):
+    with complains(message):
+        fit(ppo(reward=no_score), **flags)
+
+
+@pytest.mark.parametrize("make", [ppo, lambda: SFTModule(tiny_gpt2(), tokenizer=word_tokenizer())], ids=["PPO", "SFT"])
+def test_fsdp1(monkeypatch, make):
+    trainer = bare_trainer(max_epochs=1)
+    monkeypatch.setattr(trainer._accelerator_connector, "strategy", FSDPStrategy())
+    module = make()
+    module.trainer = trainer
+    with complains(
+        "`Trainer(strategy='fsdp')` is FSDP1, which cannot train these modules: use `ModelParallelStrategy`"
+    ):
+        module.configure_callbacks()
+
+
+def test_data_before_there_is_a_tokenizer():
+    with complains("`tokenizer` is not set: fit with an RLHF module, which brings its own, or set `datamodule.token"):
+        PromptDataModule(["a"]).train_dataloader()
