@@ -79,10 +79,12 @@ def main(args: list[str] | None = None) -> None:
     table.add_row("after: PPO", *(f"{score:.3f}" for score in after))
     table.add_row("ceiling: shortest walks", "1.000", "1.000")
     console.print(table)
-    console.print(f"In {time.perf_counter() - started:.0f} seconds. What is left of them:", highlight=False)
-    console.print(f"  {curve}  the curve", highlight=False)
-    console.print(f"  {logger.log_dir}  for `tensorboard --logdir {logger.log_dir}`", highlight=False)
-    console.print(f"  {final}  the policy, for `AutoModelForCausalLM.from_pretrained`", highlight=False)
+    console.print(
+        f"In {time.perf_counter() - started:.0f} seconds. What is left of them:", highlight=False, soft_wrap=True
+    )
+    console.print(f"  {curve}  the curve", highlight=False, soft_wrap=True)
+    console.print(f"  {logger.log_dir}  for `tensorboard --logdir {logger.log_dir}`", highlight=False, soft_wrap=True)
+    console.print(f"  {final}  the policy, for `AutoModelForCausalLM.from_pretrained`", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
