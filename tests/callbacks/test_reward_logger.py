@@ -76,6 +76,17 @@ def test_without_a_logger_it_does_nothing():
     assert len(seen_by(logger=False)) == 2
 
 
+def test_a_reward_that_applied_to_no_response_of_an_iteration_is_left_out_of_it(tmp_path):
+    def never(prompts, responses):
+        return [None for _ in responses]
+
+    module = module_of(PPOModule, reward=[share_of_early_letters, never])
+    fit(module, iterations=1, logger=CSVLogger(tmp_path, name="", version=""), callbacks=[RewardLogger()])
+    names = {name for name, _ in logged_in(tmp_path)}
+    assert "reward/share_of_early_letters/std" in names
+    assert not any(name.startswith("reward/never/") for name in names)
+
+
 def test_rows_that_a_process_lacks_are_not_counted(monkeypatch):
     other = torch.tensor([5.0, 6.0, 7.0])
     monkeypatch.setattr(

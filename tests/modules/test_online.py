@@ -220,6 +220,25 @@ def test_a_reward_that_fails_stops_the_run_and_leaves_its_last_checkpoint_whole(
     assert resumed.iteration == 3
 
 
+@pytest.mark.invariant(39)
+@pytest.mark.parametrize("failure", [KeyError("x"), OverflowError("x"), AttributeError("x"), OSError("x")])
+def test_whatever_goes_wrong_while_scoring_the_other_processes_are_told(monkeypatch, failure):
+    def agree(error, what, rows, device):
+        told.append((error, what, rows))
+        raise error
+
+    def fail(rollouts, tokenizer):
+        raise failure
+
+    told = []
+    monkeypatch.setattr("lightning_rlhf.modules.online.agree", agree)
+    module = ppo()
+    monkeypatch.setattr(type(module.reward), "__call__", lambda reward, *args: fail(*args))
+    with pytest.raises(type(failure)):
+        fit(module, iterations=1)
+    assert told == [(failure, "`reward` 'share_of_early_letters'", 6)]
+
+
 def test_resuming_over_a_plain_loader_is_warned_of_once(tmp_path):
     def loader():
         return DataLoader(PROMPTS, batch_size=6, collate_fn=of_words)

@@ -65,6 +65,7 @@ def test_forced_tokens_are_no_part_of_the_divergence_but_of_the_length():
     sampled = torch.tensor([[True, True, True], [True, False, False], [True, False, False]])
     metrics = observed(ref_logprobs=ref_logprobs, rollouts={"sampled_mask": sampled})
     assert metrics["kl/sequence"][0] == pytest.approx(0.5, abs=1e-6)
+    assert metrics["kl/token"][0] == pytest.approx(0.3, abs=1e-6)
     assert metrics["response/length"][0] == 2.0
 
 

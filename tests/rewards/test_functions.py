@@ -76,17 +76,17 @@ def test_response_tokens_are_as_long_as_the_mask_counts():
 @pytest.mark.parametrize(
     "reward",
     [
-        lambda texts, answers: [len(answer) for answer in answers],
-        lambda *both: [len(answer) for answer in both[1]],
-        lambda texts, answers, /: [len(answer) for answer in answers],
-        lambda texts, answers, level: [len(answer) for answer in answers],
-        lambda texts, answers, **metadata: [len(answer) for answer in answers if metadata["level"]],
-        functools.partial(lambda extra, texts, answers: [len(answer) for answer in answers], 1),
+        lambda texts, answers: [ord(answer[0]) for answer in answers],
+        lambda *both: [ord(answer[0]) for answer in both[1]],
+        lambda texts, answers, /: [ord(answer[0]) for answer in answers],
+        lambda texts, answers, level: [ord(answer[0]) for answer in answers],
+        lambda texts, answers, **metadata: [ord(answer[0]) for answer in answers if metadata["level"]],
+        functools.partial(lambda extra, texts, answers: [ord(answer[0]) for answer in answers], 1),
     ],
     ids=["two names", "any number", "positional only", "and metadata", "and keywords", "partial"],
 )
 def test_a_reward_with_names_of_its_own_gets_prompts_and_responses_in_that_order(reward):
-    assert scored(reward) == [1.0, 1.0, 3.0]
+    assert scored(reward) == [98.0, 99.0, 100.0]
 
 
 def test_a_builtin_whose_signature_is_unknown_does_too():
