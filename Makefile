@@ -6,9 +6,9 @@ TORCH_INDEX ?=
 # Which tests run, as pytest's -m; empty: all.
 MARKERS ?= not slow
 
-# Threads that have nothing to do sleep. By default they spin, which on a machine whose cores are busy makes small
-# networks ten times slower.
-export OMP_WAIT_POLICY ?= passive
+# Threads that have nothing to do spin briefly, then sleep. By default they spin for long, which beside another process
+# made the demo up to ten times slower; sleeping at once costs a quarter on an idle machine.
+export GOMP_SPINCOUNT ?= 1000
 
 BIN := .venv/bin
 # Errors only.

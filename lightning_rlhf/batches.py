@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Batch:
     """Rows side by side: every tensor, list and mapping of lists has one entry per row."""
 
@@ -37,7 +37,7 @@ class Batch:
         return type(self)(**{f.name: mapped(getattr(self, f.name)) for f in fields(self)})
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class PromptBatch(Batch):
     """What the policy reads.
 
@@ -57,7 +57,7 @@ class PromptBatch(Batch):
         return len(self.prompt_tokens)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Rollouts(PromptBatch):
     """What the policy read and wrote. Everything per token is aligned with the response.
 
@@ -100,7 +100,7 @@ class Rollouts(PromptBatch):
         return type(self)(**{f.name: trim(f.name, getattr(self, f.name)) for f in fields(self)})
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Scores(Batch):
     """What the reward gave, as it gave it.
 
@@ -115,7 +115,7 @@ class Scores(Batch):
     token_scores: Float[Tensor, "batch response"] | None = None
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Experience(Rollouts):
     """Rollouts with all that a loss reads.
 
@@ -139,7 +139,7 @@ class Experience(Rollouts):
         return cls(**{f.name: getattr(rollouts, f.name) for f in fields(Rollouts)}, **more)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class ImitationBatch(Batch):
     """What supervised fine-tuning reads: prompts and the responses to imitate.
 

@@ -13,7 +13,7 @@ from lightning_rlhf import ConversationDataModule, ModelSpec, PPOModule, PromptD
 from lightning_rlhf.batches import PromptBatch
 from lightning_rlhf.data.tokens import padded
 from tests.networks import POSITIONS, network, tiny_gpt2, word_tokenizer
-from tests.training import bare_trainer, fit, module_of
+from tests.training import PROMPTS, bare_trainer, fit, module_of
 
 LONG = " ".join("abcdefghij" * 6)  # 60 tokens: with a response of up to six, more than the model's 64 positions
 
@@ -316,3 +316,29 @@ def test_fsdp1(monkeypatch, make):
 def test_data_before_there_is_a_tokenizer():
     with complains("`tokenizer` is not set: fit with an RLHF module, which brings its own, or set `datamodule.token"):
         PromptDataModule(["a"]).train_dataloader()
+
+
+def test_data_that_another_module_learns_from_is_refused():
+    conversations = ConversationDataModule([{"prompt": "a", "response": "b"}], batch_size=1)
+    with pytest.raises(TypeError, match="yields ImitationBatch, and PPOModule learns from PromptBatch: use PromptData"):
+        bare_trainer(max_epochs=1).fit(module_of(PPOModule), datamodule=conversations)
+    module = SFTModule(tiny_gpt2(), tokenizer=word_tokenizer())
+    with pytest.raises(
+        TypeError, match="yields PromptBatch, and SFTModule learns from ImitationBatch: use Conversation"
+    ):
+        bare_trainer(max_epochs=1).fit(module, datamodule=PromptDataModule(["a b"], batch_size=1))
+
+
+def test_a_checkpoint_of_another_kind_of_module_is_refused(tmp_path):
+    trainer = bare_trainer(max_epochs=1)
+    trainer.fit(SFTModule(tiny_gpt2(), tokenizer=word_tokenizer()), datamodule=ConversationDataModule(["a b c"]))
+    trainer.save_checkpoint(tmp_path / "sft.ckpt")
+    with pytest.raises(ValueError, match="`ckpt_path` is no checkpoint of an online module: PPOModule cannot go on"):
+        bare_trainer(max_epochs=2).fit(
+            module_of(PPOModule, kl_coef=0.0), datamodule=PromptDataModule(PROMPTS), ckpt_path=tmp_path / "sft.ckpt"
+        )
+
+
+def test_no_prompts_at_a_time_is_refused():
+    with pytest.raises(ValueError, match="`batch_size=0` must be at least 1"):
+        module_of(PPOModule).generate(["a"], batch_size=0)

@@ -17,11 +17,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from lightning_rlhf.batches import Batch
 from lightning_rlhf.chance import derived_seed, row_uniforms
 from lightning_rlhf.data.base import RLHFDataModule, run_seed
 from lightning_rlhf.data.tokens import padded, prompt_ids
 from lightning_rlhf.generation.decode import Decoded, DecodeLoop
 from lightning_rlhf.generation.sampling import Sampling, SamplingLike
+from lightning_rlhf.generation.stopping import stop_criteria
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.dropout import DropoutValues, disable_dropout, original_dropout
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, SpecialTokens, fit_embeddings, load_tokenizer
@@ -52,6 +54,7 @@ class RLHFModule(L.LightningModule, ABC):
     """
 
     with_value_head = False
+    learns_from: tuple[type[Batch], str]  # what a batch is, and which DataModule yields it
     policy: Policy
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -225,6 +228,8 @@ class RLHFModule(L.LightningModule, ABC):
         """
         if isinstance(prompts, str):
             raise TypeError(f"`prompts={prompts!r}` must be a list of prompts: write [{prompts!r}].")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size={batch_size}` must be at least 1.")
         if not self.is_built:
             self.configure_model()
         sampling = self.sampling.but(sampling)
@@ -241,15 +246,7 @@ class RLHFModule(L.LightningModule, ABC):
     def _criteria(self, stop: tuple[str, ...]) -> Any:
         """Finds stop strings on ids; made once, since it looks at the whole vocabulary."""
         if stop and stop not in self._stopping:
-            from transformers import StopStringCriteria
-
-            try:
-                self._stopping[stop] = StopStringCriteria(self.tokenizer, list(stop))
-            except Exception as error:
-                raise ValueError(
-                    f"`stop={list(stop)}` needs a tokenizer that can write any text, and this one cannot: {error}. "
-                    "Leave `stop` empty, or use another tokenizer."
-                ) from error
+            self._stopping[stop] = stop_criteria(self.tokenizer, stop)
         return self._stopping.get(stop)
 
     # --- training -----------------------------------------------------------------------------------------------
@@ -270,6 +267,15 @@ class RLHFModule(L.LightningModule, ABC):
         if isinstance(data, RLHFDataModule):
             data.tokenizer = self.tokenizer
         return []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Refuses what another module would learn from."""
+        kind, source = self.learns_from
+        if not isinstance(batch, kind):
+            raise TypeError(
+                f"`train_dataloaders` or `datamodule` yields {type(batch).__name__}, and {type(self).__name__} learns "
+                f"from {kind.__name__}: use {source}, or a loader that yields the same."
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer, with a group of parameters for the model and one for the value head."""

@@ -40,12 +40,13 @@ class Meter:
         """What was added on all processes since the last call, in one collective.
 
         Returns:
-            The statistics, by name.
+            The statistics, by name; a quantity of which there was nothing has none.
         """
         names = sorted(self._moments)
         if not names:
             return {}
-        means, variances = mean_and_variance(sum_over_ranks(torch.stack([self._moments[n] for n in names])), ddof=1)
+        sums = sum_over_ranks(torch.stack([self._moments[name] for name in names]))
         self._moments.clear()
-        stds = variances.sqrt()
-        return {n: Statistic(*pair) for n, *pair in zip(names, means.tolist(), stds.tolist(), strict=True)}
+        means, variances = mean_and_variance(sums, ddof=1)
+        columns = zip(names, sums[:, 0].tolist(), means.tolist(), variances.sqrt().tolist(), strict=True)
+        return {name: Statistic(mean, std) for name, count, mean, std in columns if count > 0}

@@ -47,6 +47,8 @@ class OnlineModule(ManualModule):
             (tokenizer, dropout, seed, optimizer and schedule).
     """
 
+    learns_from = (PromptBatch, "PromptDataModule")
+
     def __init__(
         self,
         policy: ModelLike,
@@ -250,6 +252,11 @@ class OnlineModule(ManualModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes it back, and makes sure that the reference is the same."""
+        if STATE not in checkpoint:
+            raise ValueError(
+                f"`ckpt_path` is no checkpoint of an online module: {type(self).__name__} cannot go on from it. To "
+                "begin with its weights, export them with `save_pretrained` and pass the folder as `policy`."
+            )
         state = checkpoint[STATE]
         self.iteration, self.kl_coef = state["iteration"], state["kl_coef"]
         self.scaled.load_state_dict(state["scaler"])

@@ -24,6 +24,8 @@ class SFTModule(OfflineModule):
         **kwargs: Passed to :class:`RLHFModule`: tokenizer, seed, optimizer and schedule.
     """
 
+    learns_from = (ImitationBatch, "ConversationDataModule")
+
     def __init__(self, policy: ModelLike, *, disable_dropout: bool = False, **kwargs: Any) -> None:
         super().__init__(policy, disable_dropout=disable_dropout, **kwargs)
 
