@@ -119,6 +119,9 @@ class Scripted:
         self.prompt_width = prompt_width
         self.batch_sizes: list[int] = []
 
+    def check_room(self, prompt_mask: torch.Tensor, max_new_tokens: int) -> None:
+        """There always is some."""
+
     def check_padding(self, prompt_mask: Tensor) -> None:
         pass
 

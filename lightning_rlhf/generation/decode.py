@@ -85,7 +85,12 @@ class DecodeLoop:
 
         Returns:
             The responses.
+
+        Raises:
+            ValueError: If a prompt leaves no room for its response, or is padded and the model cannot be.
         """
+        self.policy.check_room(prompt_mask, self.sampling.max_new_tokens)
+        self.policy.check_padding(prompt_mask)
         batch, device = len(prompt_tokens), prompt_tokens.device
         out = _Columns(batch, self.sampling.max_new_tokens, self.special.pad, device)
         uniforms = uniforms.to(device)
@@ -93,7 +98,6 @@ class DecodeLoop:
 
         rows = torch.arange(batch, device=device)  # which rows are still in the batch
         alive = torch.ones(batch, dtype=torch.bool, device=device)  # which of those have not ended
-        self.policy.check_padding(prompt_mask)
         text = _Text(torch.where(prompt_mask, prompt_tokens, 0), prompt_mask)
         step = self._read(text, None)
         for t in range(self.sampling.max_new_tokens):

@@ -79,17 +79,14 @@ class Policy(nn.Module):
         Raises:
             ValueError: If prompts are padded and the model cannot be.
         """
-        tokens = response_inputs(
-            torch.where(batch.prompt_mask, batch.prompt_tokens, 0),
-            torch.where(batch.response_mask, batch.response_tokens, 0),
-        )
+        targets = torch.where(batch.response_mask, batch.response_tokens, 0)
+        tokens = response_inputs(torch.where(batch.prompt_mask, batch.prompt_tokens, 0), targets)
         self.check_padding(batch.prompt_mask)
         # Right padding comes after everything that counts, where a causal model does not look: it needs no mask. But
         # it must not be numbered: behind a long prompt the model may have no more positions.
         mask = response_inputs(batch.prompt_mask, torch.ones_like(batch.response_mask))
         positions = positions_of(response_inputs(batch.prompt_mask, batch.response_mask))
         output = self.decoder(tokens, mask, keep=batch.response_tokens.shape[1], positions=positions)
-        targets = torch.where(batch.response_mask, batch.response_tokens, 0)
         logprobs, entropy = response_logprobs(output.logits, targets, self.temperature)
         return PolicyOutput(logprobs, entropy, None if self.value_head is None else self.value_head(output.states))
 
@@ -106,6 +103,24 @@ class Policy(nn.Module):
             raise ValueError(
                 f"`policy={type(self.decoder.model).__name__}` cannot be padded on the left, and the prompts of this "
                 "batch differ in length: use prompts of one length, or a batch size of 1."
+            )
+
+    def check_room(self, prompt_mask: Bool[Tensor, "batch prompt"], max_new_tokens: int) -> None:
+        """Refuses prompts that leave no room for a response.
+
+        Args:
+            prompt_mask: True where a token is real.
+            max_new_tokens: What a response may need.
+
+        Raises:
+            ValueError: If prompt and response together would be more than the model has positions.
+        """
+        room, length = self.decoder.max_positions, prompt_mask.shape[1]
+        if room is not None and length + max_new_tokens > room:
+            i = int(prompt_mask.sum(1).argmax())
+            raise ValueError(
+                f"`prompts`: number {i} of the batch has {length} tokens, which with `max_new_tokens={max_new_tokens}` "
+                f"is more than the policy's {room} positions: shorten it or leave it out."
             )
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from lightning_rlhf.generation.sampling import Sampling, SamplingLike
 from lightning_rlhf.generation.stopping import stop_criteria
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.dropout import DropoutValues, disable_dropout, original_dropout
+from lightning_rlhf.models.heads import ValueHead
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, SpecialTokens, fit_embeddings, load_tokenizer
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reference import Reference
@@ -118,7 +119,8 @@ class RLHFModule(L.LightningModule, ABC):
         """Makes the policy, under a random state that depends on the seed alone."""
         self.policy = Policy(self.load_decoder(self.spec), self.sampling.temperature or 1.0)
         if self.with_value_head:
-            self.policy.value_head = self.make_value_head(self.policy.decoder)
+            decoder = self.policy.decoder
+            self.policy.value_head = ValueHead(decoder.width).to(decoder.model.get_output_embeddings().weight.device)
         # From here on the mode is Lightning's: it leaves a model in evaluation mode as it is, without dropout.
         self.policy.train()
         self.special_tokens = SpecialTokens.of(self.tokenizer, self.policy.decoder.model)
@@ -139,13 +141,6 @@ class RLHFModule(L.LightningModule, ABC):
         decoder = Decoder(model)
         decoder.probe()
         return decoder
-
-    def make_value_head(self, decoder: Decoder) -> nn.Module:
-        """The head of modules that learn values."""
-        from lightning_rlhf.models.heads import ValueHead
-
-        weight = decoder.model.get_output_embeddings().weight
-        return ValueHead(decoder.width).to(weight.device)
 
     @property
     def max_prompt_tokens(self) -> int | None:
@@ -179,18 +174,7 @@ class RLHFModule(L.LightningModule, ABC):
 
         Returns:
             The responses.
-
-        Raises:
-            ValueError: If a prompt leaves no room for its response.
         """
-        room = self.policy.decoder.max_positions
-        length = prompt_tokens.shape[1]
-        if room is not None and length + sampling.max_new_tokens > room:
-            i = int(prompt_mask.sum(1).argmax())
-            raise ValueError(
-                f"`prompts`: number {i} of the batch has {length} tokens, which with `max_new_tokens="
-                f"{sampling.max_new_tokens}` is more than the policy's {room} positions: shorten it or leave it out."
-            )
         loop = DecodeLoop(self.policy, sampling, self.special_tokens, self._criteria(sampling.stop), with_final_values)
         was_training = self.policy.training
         self.policy.eval()

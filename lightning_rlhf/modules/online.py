@@ -251,7 +251,7 @@ class OnlineModule(ManualModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes it back, and makes sure that the reference is the same."""
+        """Takes it back; whether the reference is the same is looked at when training starts."""
         if STATE not in checkpoint:
             raise ValueError(
                 f"`ckpt_path` is no checkpoint of an online module: {type(self).__name__} cannot go on from it. To "
