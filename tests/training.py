@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_rlhf import PromptDataModule
+from lightning_rlhf import PromptDataModule, SFTModule
 from tests.networks import tiny_gpt2, word_tokenizer
 
 PROMPTS = ["a b c", "d", "e f", "b a a c", "c", "f e d"]
@@ -58,6 +58,11 @@ def module_of(cls: type, policy: Any = None, **arguments: Any) -> Any:
         "optimizer": sgd,
     }
     return cls(policy or tiny_gpt2(initializer_range=0.3), **{**defaults, **arguments})
+
+
+def sft(policy: Any = None, **arguments: Any) -> SFTModule:
+    """An SFT module on a tiny GPT-2."""
+    return SFTModule(policy or tiny_gpt2(), **{"tokenizer": word_tokenizer(), **arguments})
 
 
 def fit(module: Any, iterations: int = 3, prompts: list[Any] | None = None, **flags: Any) -> Seen:

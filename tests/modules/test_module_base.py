@@ -9,26 +9,14 @@ import torch
 from lightning_rlhf import ConversationDataModule, PPOModule, PromptDataModule, SFTModule
 from lightning_rlhf.models.reference import fingerprint
 from tests.networks import POSITIONS, network, tiny_gpt2, word_tokenizer
-from tests.training import bare_trainer, module_of, sgd
+from tests.training import bare_trainer, module_of, sft, sgd
 
 PROMPTS = ["a b c", "d", "e f g h", "b"]
-
-
-def sft(policy=None, **arguments):
-    return SFTModule(policy or tiny_gpt2(), **{"tokenizer": word_tokenizer(), **arguments})
 
 
 def sure(**arguments):
     """A policy whose distributions are far from uniform, so that seeds and greed can be told apart."""
     return sft(network(tiny_gpt2()), **arguments)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("policy")
-    network(tiny_gpt2()).save_pretrained(path)
-    word_tokenizer().save_pretrained(path)
-    return path
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------

@@ -10,21 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_rlhf import ConversationDataModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
 from lightning_rlhf.models.reference import fingerprint
 from tests.networks import network, tiny_gpt2, word_tokenizer
-from tests.training import bare_trainer, fit, module_of, sgd, share_of_early_letters
+from tests.training import bare_trainer, fit, module_of, sft, sgd, share_of_early_letters
 
 PROMPTS = ["a b c", "d", "e f g h", "b"]
-
-
-def sft(policy=None, **arguments):
-    return SFTModule(policy or tiny_gpt2(), **{"tokenizer": word_tokenizer(), **arguments})
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("policy")
-    network(tiny_gpt2()).save_pretrained(path)
-    word_tokenizer().save_pretrained(path)
-    return path
 
 
 @pytest.mark.invariant(18)
