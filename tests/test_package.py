@@ -25,7 +25,7 @@ FOLDERS = {
 # A room may import from itself and from those before it, but not from its neighbours on the same line. The empty name
 # stands for the public names, `from lightning_rlhf import PPOModule`.
 ORDER = (
-    ("functional", "batches", "chance"),
+    ("functional", "batches", "chance", "dotted"),
     ("models",),
     ("generation", "rewards", "data"),
     ("strategies",),

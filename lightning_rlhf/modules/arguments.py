@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from lightning_rlhf.dotted import dotted_name
 from lightning_rlhf.generation.sampling import Sampling
 from lightning_rlhf.models.loading import ModelSpec
 from lightning_rlhf.modules.optimization import plain_factory
@@ -103,16 +103,4 @@ def _plain(value: Any) -> Any:
         return _LEFT_OUT if any(item is _LEFT_OUT for item in items) else items
     if hasattr(value, "__fspath__"):
         return value.__fspath__()
-    return _dotted_name(value) or _LEFT_OUT
-
-
-def _dotted_name(value: Any) -> str | None:
-    """The name under which importing gives the same object."""
-    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    if module in (None, "__main__") or name is None or "." in name:
-        return None
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        return None
-    return f"{module}.{name}" if found is value else None
+    return dotted_name(value) or _LEFT_OUT

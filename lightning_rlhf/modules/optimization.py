@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from lightning_rlhf.rewards.functions import imported
+from lightning_rlhf.dotted import imported
 
 OptimizerLike = Callable[[Any], Optimizer] | Mapping[str, Any] | str | None
 """Makes an optimizer of parameter groups: a factory, its dotted name, or ``{"class_path": ..., "init_args": ...}``; by

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.batches import Rollouts, Scores
+from lightning_rlhf.dotted import imported
 from lightning_rlhf.functional.advantages import token_rewards
-from lightning_rlhf.rewards.functions import Reward, RewardFunction, as_tensor, imported
+from lightning_rlhf.rewards.functions import Reward, RewardFunction, as_tensor
 
 RewardLike = Reward | str | Sequence[Reward | str | tuple[Reward | str, float]]
 """A callable, its dotted name, or a list of these, each alone or as a pair with its weight."""
@@ -34,7 +35,7 @@ class CombinedReward:
         self.weights = [float(weight) for _, weight in pairs]
         self.rewards: list[RewardFunction] = []
         for reward, _ in pairs:
-            function = RewardFunction(imported(reward) if isinstance(reward, str) else reward)
+            function = RewardFunction(imported(reward, "reward") if isinstance(reward, str) else reward)
             taken = {*RESERVED_NAMES, *(other.name for other in self.rewards)}
             number = 2
             name = function.name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -135,28 +134,6 @@ def _parameters(function: Reward) -> tuple[frozenset[str], bool]:
         return frozenset(), False
     by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return frozenset(by_name), any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def imported(name: str, argument: str = "reward") -> Any:
-    """The object behind a dotted name, such as ``"my_reward.score"``.
-
-    Args:
-        name: Module and attribute.
-        argument: What the user calls it, for errors.
-
-    Returns:
-        What it names.
-
-    Raises:
-        ValueError: If there is no such thing.
-    """
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"`{argument}={name!r}` must be a callable or the dotted name of one that can be imported: {error}"
-        ) from error
 
 
 def as_tensor(scores: Sequence[Any], device: torch.device) -> Tensor:

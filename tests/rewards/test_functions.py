@@ -1,12 +1,11 @@
 import functools
-import operator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_rlhf.rewards.functions import RewardFunction, imported
+from lightning_rlhf.rewards.functions import RewardFunction
 from tests.networks import EOS, PAD, word_tokenizer, written
 
 CHAT = [{"role": "user", "content": "a b"}]
@@ -251,16 +250,6 @@ def test_a_reward_that_wants_what_no_row_has_says_so():
 def test_what_is_not_callable_is_no_reward():
     with pytest.raises(TypeError, match="`reward=0.5` must be callable"):
         RewardFunction(0.5)
-
-
-def test_a_dotted_name_is_imported():
-    assert imported("operator.itemgetter") is operator.itemgetter
-
-
-@pytest.mark.parametrize("name", ["no_such_module.score", "operator.no_such_name", "plain", ""])
-def test_a_name_that_cannot_be_imported_is_an_error_that_quotes_it(name):
-    with pytest.raises(ValueError, match=f"`reward='{name}'` must be a callable or the dotted name"):
-        imported(name)
 
 
 def test_the_tokenizer_is_the_policys():
