@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy
@@ -18,12 +17,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lightning_rlhf.batches import Batch
-from lightning_rlhf.chance import derived_seed, row_uniforms
+from lightning_rlhf.chance import derived_seed
 from lightning_rlhf.data.base import RLHFDataModule, run_seed
-from lightning_rlhf.data.tokens import padded, prompt_ids
-from lightning_rlhf.generation.decode import Decoded, DecodeLoop
-from lightning_rlhf.generation.sampling import Sampling, SamplingLike
-from lightning_rlhf.generation.stopping import stop_criteria
+from lightning_rlhf.generation.sampling import Sampling
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.dropout import DropoutValues, disable_dropout, original_dropout
 from lightning_rlhf.models.heads import ValueHead
@@ -32,13 +28,14 @@ from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.modules.arguments import given_arguments, plain_arguments, reject_unknown
 from lightning_rlhf.modules.optimization import OptimizerLike, SchedulerLike, make_optimizer, make_scheduler
+from lightning_rlhf.modules.text import TextModule
 from lightning_rlhf.strategies.checkpoint_io import make_checkpoints_atomic, replace_synced
 
 STATE = "lightning_rlhf"
 """The key under which checkpoints hold what is neither weight nor optimizer."""
 
 
-class RLHFModule(L.LightningModule, ABC):
+class RLHFModule(TextModule):
     """A policy that learns.
 
     Args:
@@ -56,7 +53,6 @@ class RLHFModule(L.LightningModule, ABC):
 
     with_value_head = False
     learns_from: tuple[type[Batch], str]  # what a batch is, and which DataModule yields it
-    policy: Policy
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Remembers what the constructor is called with, for checkpoints."""
@@ -87,7 +83,6 @@ class RLHFModule(L.LightningModule, ABC):
         self.sampling = Sampling()
         self._tokenizer = tokenizer
         self._dropout: DropoutValues = []
-        self._stopping: dict[tuple[str, ...], Any] = {}
         self.reference: Reference | None = None
         self.save_hyperparameters(plain_arguments(self.__dict__.pop("_given") | {"seed": self.seed}))
 
@@ -99,11 +94,6 @@ class RLHFModule(L.LightningModule, ABC):
         if self._tokenizer is None or isinstance(self._tokenizer, str | os.PathLike):
             self._tokenizer = load_tokenizer(self._tokenizer, self.spec)
         return self._tokenizer
-
-    @property
-    def is_built(self) -> bool:
-        """Whether the networks are there."""
-        return "policy" in self._modules
 
     def configure_model(self) -> None:
         """Builds the networks; the same on every rank, whatever was drawn before. Does nothing a second time."""
@@ -152,86 +142,6 @@ class RLHFModule(L.LightningModule, ABC):
         if reference is not None:  # it stays out of the module tree, but goes where the policy goes
             reference.network._apply(fn)
         return super()._apply(fn, recurse)
-
-    # --- text ---------------------------------------------------------------------------------------------------
-
-    def decode(
-        self,
-        prompt_tokens: Tensor,
-        prompt_mask: Tensor,
-        uniforms: Tensor,
-        sampling: Sampling,
-        with_final_values: bool = False,
-    ) -> Decoded:
-        """Writes responses with the policy as it is, dropout off.
-
-        Args:
-            prompt_tokens: (batch, prompt), padded left.
-            prompt_mask: (batch, prompt), True where a token is real.
-            uniforms: (batch, max_new_tokens), what chance says.
-            sampling: How tokens are drawn.
-            with_final_values: Whether to read the value after the last token of responses that are cut off.
-
-        Returns:
-            The responses.
-        """
-        loop = DecodeLoop(self.policy, sampling, self.special_tokens, self._criteria(sampling.stop), with_final_values)
-        was_training = self.policy.training
-        self.policy.eval()
-        try:
-            return loop(prompt_tokens, prompt_mask, uniforms)
-        finally:
-            self.policy.train(was_training)
-
-    def texts(self, tokens: Tensor, mask: Tensor) -> list[str]:
-        """Responses as text, without special tokens.
-
-        Args:
-            tokens: (batch, response).
-            mask: (batch, response), True where a token is real.
-
-        Returns:
-            A string each.
-        """
-        rows = [row[row_mask].tolist() for row, row_mask in zip(tokens.cpu(), mask.cpu(), strict=True)]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-    def generate(
-        self, prompts: Sequence[Any], sampling: SamplingLike = None, batch_size: int = 32, seed: int | None = None
-    ) -> list[str]:
-        """Writes a response to every prompt.
-
-        Args:
-            prompts: Strings, or lists of chat messages.
-            sampling: What differs from the module's own sampling, such as ``{"temperature": 0}``.
-            batch_size: Prompts that are answered side by side.
-            seed: The same seed gives the same responses; the module's own by default.
-
-        Returns:
-            The responses, without special tokens.
-        """
-        if isinstance(prompts, str):
-            raise TypeError(f"`prompts={prompts!r}` must be a list of prompts: write [{prompts!r}].")
-        if batch_size < 1:
-            raise ValueError(f"`batch_size={batch_size}` must be at least 1.")
-        if not self.is_built:
-            self.configure_model()
-        sampling = self.sampling.but(sampling)
-        seed = self.seed if seed is None else seed
-        responses: list[str] = []
-        for start in range(0, len(prompts), batch_size):
-            rows = [prompt_ids(prompt, self.tokenizer) for prompt in prompts[start : start + batch_size]]
-            tokens, mask = padded(rows, self.special_tokens.pad, "left")
-            uniforms = row_uniforms(seed, "generate", (), range(start, start + len(rows)), sampling.max_new_tokens)
-            decoded = self.decode(tokens.to(self.device), mask.to(self.device), uniforms, sampling)
-            responses += self.texts(decoded.tokens, decoded.mask)
-        return responses
-
-    def _criteria(self, stop: tuple[str, ...]) -> Any:
-        """Finds stop strings on ids; made once, since it looks at the whole vocabulary."""
-        if stop and stop not in self._stopping:
-            self._stopping[stop] = stop_criteria(self.tokenizer, stop)
-        return self._stopping.get(stop)
 
     # --- training -----------------------------------------------------------------------------------------------
 
