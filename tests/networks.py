@@ -166,13 +166,24 @@ def _special(vocabulary: int) -> dict[str, int]:
     return {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 2, "pad_token_id": vocabulary - 1}
 
 
-def _config(name: str, **arguments: Any) -> Callable[[], PretrainedConfig]:
-    def build() -> PretrainedConfig:
+def _config(name: str, **arguments: Any) -> Callable[..., PretrainedConfig]:
+    def build(**more: Any) -> PretrainedConfig:
         import transformers
 
-        return getattr(transformers, f"{name}Config")(**{"vocab_size": VOCABULARY, **_special(VOCABULARY), **arguments})
+        defaults = {"vocab_size": VOCABULARY, **_special(VOCABULARY)}
+        return getattr(transformers, f"{name}Config")(**{**defaults, **arguments, **more})
 
+    build.arguments = arguments
     return build
+
+
+def deep(name: str, **more: Any) -> PretrainedConfig:
+    """An architecture with four blocks instead of two."""
+    layers = {"num_hidden_layers": 4, "n_layer": 4, "num_layers": 4}
+    known = {key: value for key, value in layers.items() if key in ARCHITECTURES[name].arguments}
+    if name == "gpt_neo":
+        known["attention_types"] = [[["global", "local"], 2]]
+    return ARCHITECTURES[name](**known, **more)
 
 
 _GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS}
@@ -185,7 +196,7 @@ _NEW = {
 }
 _GROUPED = {**_NEW, "num_key_value_heads": 1}
 
-ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
+ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {
     "gpt2": _config("GPT2", **_GPT),
     "gptj": _config("GPTJ", **_GPT, rotary_dim=4),
     "gpt_neox": _config("GPTNeoX", **_NEW),

@@ -342,3 +342,14 @@ def test_a_checkpoint_of_another_kind_of_module_is_refused(tmp_path):
 def test_no_prompts_at_a_time_is_refused():
     with pytest.raises(ValueError, match="`batch_size=0` must be at least 1"):
         module_of(PPOModule).generate(["a"], batch_size=0)
+
+
+def test_nothing_that_trains():
+    module = SFTModule(ModelSpec(tiny_gpt2(), num_layers_unfrozen=0), tokenizer=word_tokenizer())
+    with complains("`num_layers_unfrozen=0` leaves SFTModule nothing to train: unfreeze a block."):
+        bare_trainer(max_epochs=1).fit(module, datamodule=ConversationDataModule(["a b"]))
+
+
+def test_a_reference_that_is_to_be_frozen_in_part():
+    with complains("`reference.num_layers_unfrozen=1` would be read by nothing: a reference is frozen whole."):
+        ppo(reference=ModelSpec(tiny_gpt2(), num_layers_unfrozen=1))

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_rlhf.models.blocks import Blocks, find_blocks
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -39,6 +41,7 @@ class Decoder(nn.Module):
     Attributes:
         caches: Whether it can be decoded from a cache, token by token.
         pads: Whether left padding leaves its logits alone.
+        blocks: Where it can be cut; None where that is not known.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -47,6 +50,7 @@ class Decoder(nn.Module):
         self.accepted = frozenset(inspect.signature(model.forward).parameters)
         self.caches = {"past_key_values", "use_cache"} <= self.accepted
         self.pads = "attention_mask" in self.accepted
+        self.blocks: Blocks | None = None
 
     @property
     def width(self) -> int:
@@ -110,20 +114,19 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def probe(self) -> None:
-        """Tries with a few tokens what the model can do, sets ``pads`` and ``caches``, and warns of what it cannot.
+        """Tries with a few tokens what the model can do, sets the attributes, and warns of what it cannot.
 
         Raises:
             ValueError: If what it says of a token depends on what follows.
         """
         was_training = self.training
         self.eval()
-        device = self.model.get_input_embeddings().weight.device
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        tokens = (torch.arange(6, device=device) % vocabulary)[None]
-        mask = torch.ones_like(tokens, dtype=torch.bool)
+        tokens, mask = self.sample()
         name = type(self.model).__name__
         try:
             plain = self(tokens, mask, keep=2).logits
+            layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", 0)
+            self.blocks = find_blocks(self.model, layers, lambda: self(tokens, mask, keep=2))
             if not _same(self(tokens[:, :5], mask[:, :5], keep=1).logits, plain[:, :1]):
                 raise ValueError(
                     f"`model={name}` looks at tokens that come later, so that it cannot write: take a causal model, or "
@@ -137,6 +140,40 @@ class Decoder(nn.Module):
             rank_zero_warn(f"{name} cannot be decoded from a cache: every token reads the whole text again.")
         if not self.pads:
             rank_zero_warn(f"{name} cannot be padded on the left: the prompts of a batch must be equally long.")
+
+    def sample(self) -> tuple[Int[Tensor, "1 total"], Bool[Tensor, "1 total"]]:
+        """A few tokens to try things on, and their mask."""
+        embedding = self.model.get_input_embeddings().weight
+        tokens = (torch.arange(6, device=embedding.device) % embedding.shape[0])[None]
+        return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+    def freeze(self, num_layers_unfrozen: int) -> None:
+        """Leaves the top blocks and what comes after them to train, less the embeddings, and nothing else.
+
+        Args:
+            num_layers_unfrozen: How many blocks; 0 freezes the whole model, -1 nothing.
+
+        Raises:
+            ValueError: If there are fewer blocks, or they were not found.
+        """
+        if num_layers_unfrozen == -1:
+            return
+        name = type(self.model).__name__
+        if self.blocks is None:
+            raise ValueError(
+                f"`num_layers_unfrozen={num_layers_unfrozen}`: the blocks of {name} were not found, so that only -1 "
+                "(everything trains) is possible."
+            )
+        if num_layers_unfrozen > len(self.blocks.blocks):
+            raise ValueError(
+                f"`num_layers_unfrozen={num_layers_unfrozen}` is more than the {len(self.blocks.blocks)} blocks of "
+                f"{name}: use -1 if everything is to train."
+            )
+        self.model.requires_grad_(False)
+        embedding = self.model.get_input_embeddings().weight
+        for top in self.blocks.top(num_layers_unfrozen) if num_layers_unfrozen else ():
+            for parameter in self.model.get_submodule(top).parameters():
+                parameter.requires_grad_(parameter is not embedding and parameter.is_floating_point())
 
     def _pads(self, tokens: Tensor, plain: Tensor) -> bool:
         padded = torch.cat([tokens.new_zeros(1, 3), tokens], dim=1)

@@ -32,6 +32,9 @@ class ModelSpec:
         attn_implementation: As in transformers, such as ``"sdpa"`` or ``"eager"``; its choice by default.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code that comes with the model may run.
+        num_layers_unfrozen: How many of the top blocks train, with what comes after them (final norm, an untied head);
+            embeddings, a tied head and the blocks below are then frozen. 0 trains nothing of the model (a value head
+            still learns), -1 everything.
     """
 
     model: ModelSource
@@ -39,6 +42,13 @@ class ModelSpec:
     attn_implementation: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    num_layers_unfrozen: int = -1
+
+    def __post_init__(self) -> None:
+        if self.num_layers_unfrozen < -1:
+            raise ValueError(
+                f"`num_layers_unfrozen={self.num_layers_unfrozen}` must be a number of blocks, or -1 for everything."
+            )
 
     @classmethod
     def of(cls, model: ModelLike) -> ModelSpec:

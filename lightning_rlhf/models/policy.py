@@ -67,11 +67,12 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.value_head = value_head
 
-    def forward(self, batch: Responses) -> PolicyOutput:
+    def forward(self, batch: Responses, with_values: bool = True) -> PolicyOutput:
         """Log-probs, entropies and values of responses.
 
         Args:
             batch: Prompts and responses; what lies in the padding changes nothing.
+            with_values: Whether the value head, if there is one, is asked too.
 
         Returns:
             Everything per response token, with gradients.
@@ -88,7 +89,8 @@ class Policy(nn.Module):
         positions = positions_of(response_inputs(batch.prompt_mask, batch.response_mask))
         output = self.decoder(tokens, mask, keep=batch.response_tokens.shape[1], positions=positions)
         logprobs, entropy = response_logprobs(output.logits, targets, self.temperature)
-        return PolicyOutput(logprobs, entropy, None if self.value_head is None else self.value_head(output.states))
+        values = self.value_head(output.states) if with_values and self.value_head is not None else None
+        return PolicyOutput(logprobs, entropy, values)
 
     def check_padding(self, prompt_mask: Bool[Tensor, "batch prompt"]) -> None:
         """Refuses prompts of different lengths where the model cannot be padded.

@@ -19,11 +19,11 @@ class Reference:
     """A frozen policy, out of sight of whatever looks for modules to train, save or shard.
 
     Args:
-        network: Frozen here.
+        network: All that it has of its own; frozen here.
         is_named: Whether a name or folder says where its weights come from; if not, they are part of its state.
     """
 
-    def __init__(self, network: Policy, is_named: bool) -> None:
+    def __init__(self, network: nn.Module, is_named: bool) -> None:
         self.network = network.requires_grad_(False).eval()
         self.is_named = is_named
         self._fingerprint: str | None = None  # of weights that do not change, and may take minutes to read
@@ -41,8 +41,20 @@ class Reference:
             The reference.
         """
         decoder = Decoder(copy.deepcopy(policy.decoder.model))
-        decoder.pads, decoder.caches = policy.decoder.pads, policy.decoder.caches
+        for name in ("pads", "caches", "blocks"):
+            setattr(decoder, name, getattr(policy.decoder, name))
         return cls(Policy(decoder, policy.temperature), is_named)
+
+    def read(self, batch: Rollouts) -> Tensor:
+        """Log-probs of responses, in one forward pass.
+
+        Args:
+            batch: What was written.
+
+        Returns:
+            (batch, response), anything in the padding.
+        """
+        return self.network(batch).logprobs
 
     @torch.no_grad()
     def logprobs(self, rollouts: Rollouts, batch_size: int) -> Float[Tensor, "batch response"]:
@@ -58,7 +70,7 @@ class Reference:
         logprobs = torch.zeros_like(rollouts.old_logprobs)
         for rows in rollouts.response_mask.sum(1).argsort(stable=True).split(batch_size):
             piece = rollouts.select(rows).trimmed()
-            logprobs[rows, : piece.response_mask.shape[1]] = self.network(piece).logprobs.float()
+            logprobs[rows, : piece.response_mask.shape[1]] = self.read(piece).float()
         return torch.where(rollouts.response_mask, logprobs, 0.0)
 
     def state_dict(self) -> dict[str, Any]:

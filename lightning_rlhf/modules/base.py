@@ -107,9 +107,10 @@ class RLHFModule(TextModule):
 
     def build(self) -> None:
         """Makes the policy, under a random state that depends on the seed alone."""
-        self.policy = Policy(self.load_decoder(self.spec), self.sampling.temperature or 1.0)
+        decoder = self.load_decoder(self.spec)
+        decoder.freeze(self.spec.num_layers_unfrozen)
+        self.policy = Policy(decoder, self.sampling.temperature or 1.0)
         if self.with_value_head:
-            decoder = self.policy.decoder
             self.policy.value_head = ValueHead(decoder.width).to(decoder.model.get_output_embeddings().weight.device)
         # From here on the mode is Lightning's: it leaves a model in evaluation mode as it is, without dropout.
         self.policy.train()
@@ -179,7 +180,13 @@ class RLHFModule(TextModule):
         groups = [
             {"params": [p for p in part.parameters() if p.requires_grad], "name": name} for name, part in parts.items()
         ]
-        optimizer = make_optimizer(self.optimizer, [group for group in groups if group["params"]])
+        groups = [group for group in groups if group["params"]]
+        if not groups:
+            raise ValueError(
+                f"`num_layers_unfrozen={self.spec.num_layers_unfrozen}` leaves {type(self).__name__} nothing to train: "
+                "unfreeze a block."
+            )
+        optimizer = make_optimizer(self.optimizer, groups)
         scheduler = make_scheduler(self.lr_scheduler, optimizer, self.warmup_updates, self.progress)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

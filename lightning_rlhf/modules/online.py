@@ -15,6 +15,7 @@ from lightning_rlhf.chance import row_uniforms
 from lightning_rlhf.data.base import RLHFDataModule
 from lightning_rlhf.functional.masked import moments, whiten
 from lightning_rlhf.generation.sampling import Sampling, SamplingLike
+from lightning_rlhf.models.hydra import reference_of
 from lightning_rlhf.models.loading import ModelLike, ModelSpec
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reference import Reference
@@ -77,6 +78,11 @@ class OnlineModule(ManualModule):
             )
         self.reward = CombinedReward(reward)
         self.reference_spec = None if reference is None else ModelSpec.of(reference)
+        if self.reference_spec is not None and self.reference_spec.num_layers_unfrozen != -1:
+            raise ValueError(
+                f"`reference.num_layers_unfrozen={self.reference_spec.num_layers_unfrozen}` would be read by nothing: "
+                "a reference is frozen whole. It is the policy's to set."
+            )
         self.sampling = Sampling.of(sampling)
         self.sampling.check_trainable()
         self.responses_per_prompt = responses_per_prompt
@@ -230,7 +236,7 @@ class OnlineModule(ManualModule):
         if self.kl_coef == 0:
             return
         if self.reference_spec is None:
-            self.reference = Reference.copied_from(self.policy, self.spec.is_named)
+            self.reference = reference_of(self.policy, self.spec.is_named)
         else:
             network = Policy(self.load_decoder(self.reference_spec), self.policy.temperature)
             self.reference = Reference(network, self.reference_spec.is_named)

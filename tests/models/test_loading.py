@@ -62,6 +62,7 @@ def test_a_spec_is_taken_as_it_is_and_from_its_fields() -> None:
         "attn_implementation": None,
         "revision": None,
         "trust_remote_code": False,
+        "num_layers_unfrozen": -1,
     }
     with pytest.raises(TypeError, match="weight_dtype"):
         ModelSpec.of({"model": "gpt2", "weight_dtype": "bfloat16"})
