@@ -308,7 +308,7 @@ def test_fsdp1(monkeypatch, make):
     module = make()
     module.trainer = trainer
     with complains(
-        "`Trainer(strategy='fsdp')` is FSDP1, which cannot train these modules: use `ModelParallelStrategy`"
+        "`Trainer(strategy='fsdp')` is FSDP1, which cannot train these modules: use `strategy='rlhf_fsdp2'`"
     ):
         module.configure_callbacks()
 

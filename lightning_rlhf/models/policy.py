@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,8 +21,7 @@ class Responses(Protocol):
     response_mask: Bool[Tensor, "batch response"]
 
 
-@dataclass(slots=True)
-class PolicyOutput:
+class PolicyOutput(NamedTuple):
     """What a policy says about responses; entry ``t`` belongs to response token ``t``.
 
     Attributes:
@@ -37,8 +35,7 @@ class PolicyOutput:
     values: Float[Tensor, "batch response"] | None = None
 
 
-@dataclass(slots=True)
-class NextToken:
+class NextToken(NamedTuple):
     """What a policy says about the token to come.
 
     Attributes:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_rlhf.batches import Rollouts
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.models.weights import load_whole_state, whole, whole_state
 
 
 class Reference:
@@ -57,18 +58,21 @@ class Reference:
         return self.network(batch).logprobs
 
     @torch.no_grad()
-    def logprobs(self, rollouts: Rollouts, batch_size: int) -> Float[Tensor, "batch response"]:
+    def logprobs(self, rollouts: Rollouts, batch_size: int, most: int = 0) -> Float[Tensor, "batch response"]:
         """Log-probs of responses under the reference.
 
         Args:
             rollouts: What was written.
             batch_size: Rows of a forward pass; rows of alike length go together.
+            most: Rows of the process that has most: where weights are sharded, all must make as many passes.
 
         Returns:
             At the policy's temperature, 0 in the padding.
         """
         logprobs = torch.zeros_like(rollouts.old_logprobs)
-        for rows in rollouts.response_mask.sum(1).argsort(stable=True).split(batch_size):
+        pieces = list(rollouts.response_mask.sum(1).argsort(stable=True).split(batch_size))
+        pieces += pieces[:1] * (-(-most // batch_size) - len(pieces))
+        for rows in pieces:
             piece = rollouts.select(rows).trimmed()
             logprobs[rows, : piece.response_mask.shape[1]] = self.read(piece).float()
         return torch.where(rollouts.response_mask, logprobs, 0.0)
@@ -78,7 +82,7 @@ class Reference:
         self._fingerprint = self._fingerprint or fingerprint(self.network)
         state: dict[str, Any] = {"fingerprint": self._fingerprint}
         if not self.is_named:
-            state["weights"] = self.network.state_dict()
+            state["weights"] = whole_state(self.network)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -88,7 +92,7 @@ class Reference:
             state: From :meth:`state_dict`.
         """
         if "weights" in state:
-            self.network.load_state_dict(state["weights"])
+            load_whole_state(self.network, state["weights"])
         self._fingerprint, self._expected = None, state["fingerprint"]
 
     def check(self) -> None:
@@ -112,7 +116,7 @@ class Reference:
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> str:
-    """A short name for a module's weights: equal for equal weights, on any device.
+    """A short name for a module's weights: equal for equal weights, on any device, sharded or not; then a collective.
 
     Args:
         module: Any module.
@@ -123,5 +127,5 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(whole(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

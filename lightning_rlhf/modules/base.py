@@ -11,10 +11,11 @@ from typing import Any, Self
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_rlhf.batches import Batch
 from lightning_rlhf.chance import derived_seed
@@ -26,10 +27,13 @@ from lightning_rlhf.models.heads import ValueHead
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, SpecialTokens, fit_embeddings, load_tokenizer
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reference import Reference
+from lightning_rlhf.models.weights import whole_state
 from lightning_rlhf.modules.arguments import given_arguments, plain_arguments, reject_unknown
 from lightning_rlhf.modules.optimization import OptimizerLike, SchedulerLike, make_optimizer, make_scheduler
 from lightning_rlhf.modules.text import TextModule
 from lightning_rlhf.strategies.checkpoint_io import make_checkpoints_atomic, replace_synced
+from lightning_rlhf.strategies.fsdp2 import check_strategy
+from lightning_rlhf.strategies.sharding import shard
 
 STATE = "lightning_rlhf"
 """The key under which checkpoints hold what is neither weight nor optimizer."""
@@ -101,6 +105,9 @@ class RLHFModule(TextModule):
             with isolate_rng():
                 torch.manual_seed(derived_seed(self.seed, "build"))
                 self.build()
+        strategy = getattr(self._trainer, "strategy", None)
+        if isinstance(strategy, ModelParallelStrategy):
+            shard(self.policy, self.reference, strategy.device_mesh["data_parallel"], self.trainer.precision)
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, RLHFDataModule):
             data.tokenizer, data.max_tokens = self.tokenizer, self.max_prompt_tokens
@@ -152,11 +159,7 @@ class RLHFModule(TextModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Looks at the trainer before anything else does, and gives the data its tokenizer."""
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            raise ValueError(
-                "`Trainer(strategy='fsdp')` is FSDP1, which cannot train these modules: use "
-                "`ModelParallelStrategy`, which is FSDP2."
-            )
+        check_strategy(self.trainer)
         make_checkpoints_atomic(self.trainer.strategy)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, RLHFDataModule):
@@ -195,20 +198,22 @@ class RLHFModule(TextModule):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes model and tokenizer as a plain Hugging Face folder, with the original dropout values.
 
-        Everything is written beside the folder first; files of the same name in it are then replaced one by one.
+        A sharded policy is put together first: call it on all processes, and process 0 writes. Everything is written
+        beside the folder first; files of the same name in it are then replaced one by one.
 
         Args:
             folder: Where to; made if it is missing.
         """
         if not self.is_built:
             self.configure_model()
+        weights = whole_state(self.policy.decoder.model) if isinstance(self.policy, FSDPModule) else None
         if self.global_rank != 0:
             return
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
             with original_dropout(self._dropout):
-                self.policy.decoder.model.save_pretrained(beside)
+                self.policy.decoder.model.save_pretrained(beside, state_dict=weights)
             self.tokenizer.save_pretrained(beside)
             for path in sorted(path for path in Path(beside).rglob("*") if path.is_file()):
                 place = target / path.relative_to(beside)

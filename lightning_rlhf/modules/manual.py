@@ -18,6 +18,7 @@ from lightning_rlhf.functional.averaging import Averaging
 from lightning_rlhf.functional.kl import k3
 from lightning_rlhf.functional.masked import mean_and_variance, moments
 from lightning_rlhf.models.loading import ModelLike
+from lightning_rlhf.models.weights import whole
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.minibatches import Minibatch, MinibatchPlan
 from lightning_rlhf.modules.ranks import rank, sum_over_ranks
@@ -163,7 +164,7 @@ class ManualModule(RLHFModule):
             scaler.unscale_(optimizer)  # Lightning leaves that to fused optimizers, which do it too late to clip
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
         self.report.add("optim/grad_norm", norm)  # of the mean over ranks, which all of them hold
 
     def resting_parameters(self) -> Iterable[nn.Parameter]:

@@ -191,7 +191,7 @@ class OnlineModule(ManualModule):
             return None
         if self.reference is None:
             raise ValueError(f"`kl_coef={self.kl_coef}` was 0 when the networks were built: begin above 0.")
-        return self.reference.logprobs(rollouts, self.micro_batch_size or self.minibatch_size)
+        return self.reference.logprobs(rollouts, self.micro_batch_size or self.minibatch_size, self.rows_of_largest)
 
     def whiten(self, x: Tensor, mask: Tensor) -> Tensor:
         """Mean 0 and variance 1 over what the mask counts on all ranks.

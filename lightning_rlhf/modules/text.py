@@ -16,6 +16,7 @@ from lightning_rlhf.generation.sampling import Sampling, SamplingLike
 from lightning_rlhf.generation.stopping import stop_criteria
 from lightning_rlhf.models.loading import SpecialTokens
 from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.strategies.sharding import held
 
 
 class TextModule(L.LightningModule, ABC):
@@ -71,7 +72,8 @@ class TextModule(L.LightningModule, ABC):
         was_training = self.policy.training
         self.policy.eval()
         try:
-            return loop(prompt_tokens, prompt_mask, uniforms)
+            with held(self.policy):
+                return loop(prompt_tokens, prompt_mask, uniforms)
         finally:
             self.policy.train(was_training)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,32 @@ def replace_synced(source: Path, target: Path) -> None:
     _sync(source)
     os.replace(source, target)
     _sync(target.parent)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Puts a folder in the place of another. Killed on the way, it leaves the old one under ``<target>.old``.
+
+    Args:
+        source: A whole folder on the same file system.
+        target: What it becomes; a file or folder may be there.
+    """
+    for path in source.rglob("*"):
+        _sync(path)
+    _sync(source)
+    old = target.with_name(target.name + ".old")
+    _remove(old)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(source, target)
+    _sync(target.parent)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def make_checkpoints_atomic(strategy: Strategy) -> None:

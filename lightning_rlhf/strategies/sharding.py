@@ -1,0 +1,93 @@
+"""Networks sharded block by block over processes, and whole again for as long as they write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from lightning_rlhf.models.hydra import HydraReference
+from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.models.reference import Reference
+
+PRECISIONS = {
+    "32-true": MixedPrecisionPolicy(),
+    # Weights and their updates stay in single precision, so that small ones are not lost.
+    "bf16-mixed": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+}
+"""What Lightning's ``precision`` means for shards."""
+
+
+def shard(policy: Policy, reference: Reference | None, mesh: DeviceMesh, precision: str) -> None:
+    """Shards a policy and its reference by FSDP2, every block by itself and the rest as one; once.
+
+    Args:
+        policy: Built whole and alike on all processes.
+        reference: Of the policy.
+        mesh: Of one dimension, over which to shard.
+        precision: Of the Trainer.
+
+    Raises:
+        ValueError: If weights cannot be sharded in that precision.
+    """
+    if isinstance(policy, FSDPModule):
+        return
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"`Trainer(precision={precision!r})` cannot be sharded: use {' or '.join(map(repr, PRECISIONS))}."
+        )
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": PRECISIONS[precision]}
+    if isinstance(reference, HydraReference):
+        # Its copies come first: what they share with the policy is then sharded for each of them.
+        for module in reference.network.copies:
+            fully_shard(module, **options)
+    elif reference is not None:
+        _shard(reference.network, options)
+    _shard(policy, options)
+    for name, parameter in policy.named_parameters():
+        if not isinstance(parameter, DTensor) or parameter.is_meta:
+            raise RuntimeError(f"{name} was not sharded: processes would drift apart without a word.")
+
+
+def _shard(policy: Any, options: dict[str, Any]) -> None:
+    blocks = policy.decoder.blocks
+    for name in () if blocks is None else blocks.blocks:
+        fully_shard(policy.decoder.model.get_submodule(name), reshard_after_forward=True, **options)
+    # The rest is needed to the end of a forward pass, and at once when the backward pass begins.
+    fully_shard(policy, reshard_after_forward=False, **options)
+    register_fsdp_forward_method(policy, "next_token")
+
+
+@contextmanager
+def held(policy: nn.Module) -> Iterator[None]:
+    """Keeps a sharded policy whole on every process, so that none waits for another while they write.
+
+    Costs the memory of the whole policy. Does nothing to one that is not sharded.
+
+    Args:
+        policy: Sharded or not.
+    """
+    shards = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    if not shards:
+        yield
+        return
+    blocks = [module for module in shards if module is not policy]
+    # Weights that are gathered in inference mode could never be trained again.
+    with torch.inference_mode(False), torch.no_grad():
+        for module in blocks:
+            module.set_reshard_after_forward(False, recurse=False)
+        for module in shards:
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in blocks:
+                module.set_reshard_after_forward(True, recurse=False)
+            for module in shards:
+                module.reshard()
