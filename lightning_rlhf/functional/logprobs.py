@@ -82,7 +82,7 @@ class _ResponseLogprobs(torch.autograd.Function):
         ctx.save_for_backward(logits, tokens, peak, log_total, entropy)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         ctx.set_materialize_grads(False)
-        return logprobs.squeeze(-1), entropy.squeeze(-1)
+        return torch.squeeze_copy(logprobs, -1), torch.squeeze_copy(entropy, -1)  # no views, of which FSDP2 warns
 
     @staticmethod
     @once_differentiable

@@ -21,4 +21,5 @@ class ValueHead(nn.Module):
 
     def forward(self, states: Float[Tensor, "batch response width"]) -> Float[Tensor, "batch response"]:
         """The value of every state."""
-        return self.out(torch.relu(self.hidden(states.to(self.out.weight.dtype)))).squeeze(-1)
+        values = self.out(torch.relu(self.hidden(states.to(self.out.weight.dtype))))
+        return torch.squeeze_copy(values, -1)  # a shard's outputs are no views: FSDP2 warns of them

@@ -46,22 +46,22 @@ def shard(policy: Policy, reference: Reference | None, mesh: DeviceMesh, precisi
     if isinstance(reference, HydraReference):
         # Its copies come first: what they share with the policy is then sharded for each of them.
         for module in reference.network.copies:
-            fully_shard(module, **options)
+            fully_shard(module, reshard_after_forward=True, **options)
     elif reference is not None:
-        _shard(reference.network, options)
-    _shard(policy, options)
+        _shard(reference.network, options, reshard_root=True)
+    # What is in no block is needed to the end of a forward pass, and at once when the backward pass begins.
+    _shard(policy, options, reshard_root=False)
+    register_fsdp_forward_method(policy, "next_token")
     for name, parameter in policy.named_parameters():
         if not isinstance(parameter, DTensor) or parameter.is_meta:
             raise RuntimeError(f"{name} was not sharded: processes would drift apart without a word.")
 
 
-def _shard(policy: Any, options: dict[str, Any]) -> None:
+def _shard(policy: Any, options: dict[str, Any], reshard_root: bool) -> None:
     blocks = policy.decoder.blocks
     for name in () if blocks is None else blocks.blocks:
         fully_shard(policy.decoder.model.get_submodule(name), reshard_after_forward=True, **options)
-    # The rest is needed to the end of a forward pass, and at once when the backward pass begins.
-    fully_shard(policy, reshard_after_forward=False, **options)
-    register_fsdp_forward_method(policy, "next_token")
+    fully_shard(policy, reshard_after_forward=reshard_root, **options)
 
 
 @contextmanager

@@ -1,0 +1,163 @@
+"""The strategy for sharded models, on a group of one process; `tests/distributed` has two."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from lightning_rlhf import ModelSpec, PPOModule, PromptDataModule
+from lightning_rlhf.models.hydra import HydraReference
+from lightning_rlhf.strategies.checkpoint_io import replace_folder
+from lightning_rlhf.strategies.fsdp2 import RLHFStrategy
+from tests.networks import tiny_gpt2
+from tests.training import PROMPTS, bare_trainer, fit, module_of, weights
+
+
+@pytest.fixture(autouse=True)
+def _group(monkeypatch):
+    """A port of its own, and no group left over."""
+    before = dict(os.environ)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+def ppo(num_layers_unfrozen=-1, **arguments):
+    spec = ModelSpec(tiny_gpt2(initializer_range=0.3), num_layers_unfrozen=num_layers_unfrozen)
+    return module_of(PPOModule, spec, kl_coef=0.05, **arguments)
+
+
+@pytest.mark.parametrize("num_layers_unfrozen", [-1, 1])
+def test_everything_is_sharded_block_by_block_and_trains_as_ever(num_layers_unfrozen, tmp_path):
+    module = ppo(num_layers_unfrozen)
+    seen = fit(module, strategy="rlhf_fsdp2")
+    blocks = list(module.policy.decoder.model.transformer.h)
+    networks = [module.policy, *blocks, *_parts(module.reference)]
+    assert all(isinstance(network, FSDPModule) for network in networks)
+    assert all(isinstance(parameter, DTensor) for network in networks for parameter in network.parameters())
+
+    plain = ppo(num_layers_unfrozen)
+    expected = fit(plain)
+    for experience, other in zip(seen.experiences, expected.experiences, strict=True):
+        assert torch.equal(experience.response_tokens, other.response_tokens)
+    assert seen.metrics[-1]["optim/grad_norm"] == pytest.approx(expected.metrics[-1]["optim/grad_norm"], rel=1e-5)
+    got = torch.cat([parameter.full_tensor().detach().flatten() for parameter in module.policy.parameters()])
+    torch.testing.assert_close(got, weights(plain), rtol=0, atol=1e-6)
+
+    module.save_pretrained(tmp_path / "sharded")
+    plain.save_pretrained(tmp_path / "plain")
+    exports = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("sharded", "plain")]
+    for weight, other in zip(*(export.parameters() for export in exports), strict=True):
+        torch.testing.assert_close(weight, other, rtol=0, atol=1e-6)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("sharded", "plain")]
+    assert sizes[0] == sizes[1]  # a tied head is written once
+
+
+def _parts(reference):
+    if isinstance(reference, HydraReference):
+        return list(reference.network.copies)
+    return [reference.network, *reference.network.decoder.model.transformer.h]
+
+
+def test_a_module_that_was_built_before_is_sharded_when_it_is_trained():
+    module = ppo()
+    module.generate(["a b"])
+    fit(module, iterations=1, strategy="rlhf_fsdp2")
+    assert isinstance(module.policy, FSDPModule)
+
+
+def test_master_weights_stay_single_precision_under_bf16_mixed():
+    module = ppo()
+    half = fit(module, iterations=1, strategy="rlhf_fsdp2", precision="bf16-mixed").experiences[0]
+    assert {parameter.dtype for parameter in module.policy.parameters()} == {torch.float32}
+    single = fit(ppo(), iterations=1).experiences[0]
+    first = half.old_logprobs[:, 0] - single.old_logprobs[:, 0]  # the passes themselves are not
+    assert 1e-5 < first.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_precision_that_cannot_be_sharded(precision):
+    with pytest.raises(ValueError, match=f"precision='{precision}'"):
+        fit(ppo(), iterations=1, strategy="rlhf_fsdp2", precision=precision)
+
+
+def test_tensor_parallel_layers_are_refused_by_name():
+    strategy = ModelParallelStrategy(tensor_parallel_size=2, data_parallel_size=1)
+    with pytest.raises(ValueError, match="`strategy='rlhf_fsdp2'`"):
+        fit(ppo(), iterations=1, strategy=strategy)
+
+
+def test_lightning_s_own_strategy_works_without_tensor_parallelism():
+    module = ppo()
+    fit(module, iterations=1, strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1))
+    assert isinstance(module.policy, FSDPModule)
+
+
+def test_what_was_generated_in_an_evaluation_can_be_trained_afterwards():
+    class Validated(PPOModule):
+        def validation_step(self, batch, batch_idx):
+            self.rollout(batch)
+
+    class Data(PromptDataModule):
+        def val_dataloader(self):
+            return self.train_dataloader()
+
+    module, data = module_of(Validated, kl_coef=0.0), Data(PROMPTS, batch_size=6)
+    bare_trainer(strategy="rlhf_fsdp2").validate(module, datamodule=data)
+    bare_trainer(strategy="rlhf_fsdp2", max_epochs=1).fit(module, datamodule=data)
+
+
+@pytest.mark.invariant(39)
+@pytest.mark.parametrize("is_folder", [True, False], ids=["folder", "file"])
+def test_a_checkpoint_that_fails_leaves_the_old_one_whole(is_folder, tmp_path, monkeypatch):
+    module, path = ppo(), tmp_path / "last.ckpt"
+    trainer = bare_trainer(strategy=RLHFStrategy(save_distributed_checkpoint=is_folder), max_epochs=1)
+    data = PromptDataModule(PROMPTS, batch_size=6)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(path)
+    assert path.is_dir() == is_folder
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        with pytest.raises(BaseException, match="disk full"):  # a folder's writer has a type of its own
+            trainer.save_checkpoint(path)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    trainer.save_checkpoint(path)  # over the old one
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+    dist.destroy_process_group()
+    other = ppo()
+    again = bare_trainer(strategy=RLHFStrategy(save_distributed_checkpoint=is_folder), max_epochs=2)
+    again.fit(other, datamodule=PromptDataModule(PROMPTS, batch_size=6), ckpt_path=path)
+    assert other.iteration == 2
+
+
+def test_a_folder_takes_the_place_of_another_or_of_a_file(tmp_path):
+    for number in range(3):
+        (tmp_path / "new" / "inner").mkdir(parents=True)
+        (tmp_path / "new" / "inner" / "part").write_text(str(number))
+        if number == 1:
+            (tmp_path / "old.old").mkdir()  # left over by a run that was killed
+        replace_folder(tmp_path / "new", tmp_path / "old")
+        assert (tmp_path / "old" / "inner" / "part").read_text() == str(number)
+        assert os.listdir(tmp_path) == ["old"]
+    (tmp_path / "file").write_text("a checkpoint of another strategy")
+    replace_folder(tmp_path / "old", tmp_path / "file")
+    assert (tmp_path / "file").is_dir()
+    assert os.listdir(tmp_path) == ["file"]
