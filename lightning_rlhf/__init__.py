@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning_rlhf.data.prompts import PromptDataModule
     from lightning_rlhf.generation.sampling import Sampling
     from lightning_rlhf.models.loading import ModelSpec
+    from lightning_rlhf.modules.grpo import GRPOModule
     from lightning_rlhf.modules.ppo import PPOModule
     from lightning_rlhf.modules.sft import SFTModule
 
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ConversationDataModule": "lightning_rlhf.data.conversations",
+    "GRPOModule": "lightning_rlhf.modules.grpo",
     "ModelSpec": "lightning_rlhf.models.loading",
     "PPOModule": "lightning_rlhf.modules.ppo",
     "PromptDataModule": "lightning_rlhf.data.prompts",
@@ -26,6 +28,7 @@ _HOMES = {
 
 __all__ = [
     "ConversationDataModule",
+    "GRPOModule",
     "ModelSpec",
     "PPOModule",
     "PromptDataModule",

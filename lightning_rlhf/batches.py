@@ -124,6 +124,8 @@ class Experience(Rollouts):
         advantages: How much better each token did than expected.
         ref_logprobs: Under the reference, where one is run.
         returns: What the values should have been.
+        has_signal: Whether the loss of a row has a gradient; all rows have unless the algorithm says otherwise. A row
+            without one is left out of the updates, and is still counted where losses are averaged.
         weights: What each token counts in the loss of its global minibatch; a padded one counts 0.
     """
 
@@ -131,6 +133,7 @@ class Experience(Rollouts):
     advantages: Float[Tensor, "batch response"]
     ref_logprobs: Float[Tensor, "batch response"] | None = None
     returns: Float[Tensor, "batch response"] | None = None
+    has_signal: Bool[Tensor, " batch"] | None = None
     weights: Float[Tensor, "batch response"] | None = None
 
     @classmethod

@@ -104,3 +104,42 @@ def gae(
         columns.append(advantage)
     advantages = torch.where(mask, torch.stack(columns[::-1], dim=1), 0.0)
     return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def group_relative(
+    scores: Float[Tensor, " batch"], group_size: int, divide_by_std: bool = True, eps: float = 1e-4
+) -> Float[Tensor, " batch"]:
+    r"""How much better every response scored than its group.
+
+    .. math:: A_i = \frac{r_i - \operatorname{mean}(r)}{\operatorname{std}(r) + \epsilon}
+
+    Section 4.1.2 of `DeepSeekMath <https://arxiv.org/abs/2402.03300>`_. Without the division it is the advantage of
+    `Dr. GRPO <https://arxiv.org/abs/2503.20783>`_.
+
+    Args:
+        scores: One per response, the responses of a group one after the other.
+        group_size: Responses of a group.
+        divide_by_std: Whether to divide by the standard deviation of the group (``ddof=1``), or only to take its mean
+            off.
+        eps: Keeps a standard deviation that is rounding from being blown up, :math:`\epsilon`, in units of the score;
+            the paper has none, TRL has this one.
+
+    Returns:
+        The advantage of every response; exactly 0 in a group of equal scores.
+
+    Raises:
+        ValueError: If the scores do not make whole groups.
+
+    Example:
+        >>> group_relative(torch.tensor([1.0, 3.0, 5.0, 5.0]), group_size=2, divide_by_std=False)
+        tensor([-1.,  1.,  0.,  0.])
+    """
+    if group_size < 1 or len(scores) % group_size:
+        raise ValueError(f"`group_size={group_size}` does not divide {len(scores)} scores into whole groups.")
+    groups = scores.unflatten(0, (-1, group_size))  # (groups, group)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if divide_by_std:
+        advantages = advantages / (groups.std(1, keepdim=True) + eps)
+    # The mean of equal numbers is not always the number.
+    is_level = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
+    return torch.where(is_level, 0.0, advantages).flatten()

@@ -8,6 +8,28 @@ ClipRange = float | tuple[float, float]
 """How far a ratio may move before its gradient stops: the same both ways, or (below 1, above 1)."""
 
 
+def clip_bounds(clip_range: ClipRange | list[float]) -> tuple[float, float]:
+    """How far a ratio may move below and above 1.
+
+    Args:
+        clip_range: One number for both ways, or two; a list, as files and checkpoints hold two, will do.
+
+    Returns:
+        Both numbers.
+
+    Raises:
+        ValueError: If it is another count of numbers, or one of them is negative.
+
+    Example:
+        >>> clip_bounds(0.2), clip_bounds([0.2, 0.28])
+        ((0.2, 0.2), (0.2, 0.28))
+    """
+    bounds = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
+    if len(bounds) != 2 or not all(bound >= 0 for bound in bounds):
+        raise ValueError(f"`clip_range={clip_range}` must be a number of at least 0, or two: below and above 1.")
+    return bounds[0], bounds[1]
+
+
 def clipped_surrogate(
     ratio: Float[Tensor, "*shape"],
     advantages: Float[Tensor, "*shape"],
@@ -38,7 +60,7 @@ def clipped_surrogate(
         >>> clipped_surrogate(torch.tensor([0.5, 9.0]), torch.tensor([-1.0, -1.0]), (0.2, 0.3), dual_clip=3.0)
         tensor([0.8000, 3.0000])
     """
-    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    low, high = clip_bounds(clip_range)
     advantages = advantages.detach()
     objective = torch.minimum(ratio * advantages, ratio.clamp(1.0 - low, 1.0 + high) * advantages)
     if dual_clip is not None:
@@ -60,5 +82,5 @@ def outside_clip(ratio: Float[Tensor, "*shape"], clip_range: ClipRange) -> Float
         >>> outside_clip(torch.tensor([0.7, 0.9, 1.3]), (0.2, 0.4))
         tensor([1., 0., 0.])
     """
-    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    low, high = clip_bounds(clip_range)
     return ((ratio < 1.0 - low) | (ratio > 1.0 + high)).to(ratio.dtype)

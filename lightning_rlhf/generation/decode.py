@@ -74,24 +74,26 @@ class DecodeLoop:
         self,
         prompt_tokens: Int[Tensor, "batch prompt"],
         prompt_mask: Bool[Tensor, "batch prompt"],
-        uniforms: Float[Tensor, "batch max_new_tokens"],
+        uniforms: Float[Tensor, "responses max_new_tokens"],
+        group_size: int = 1,
     ) -> Decoded:
-        """Writes a response to every prompt.
+        """Writes responses to every prompt, which is read once for all of them.
 
         Args:
             prompt_tokens: Padded left.
             prompt_mask: True where a token is real.
-            uniforms: What chance says at every token of every row.
+            uniforms: What chance says at every token of every response.
+            group_size: Responses to each prompt.
 
         Returns:
-            The responses.
+            The responses, those to a prompt one after the other.
 
         Raises:
             ValueError: If a prompt leaves no room for its response, or is padded and the model cannot be.
         """
         self.policy.check_room(prompt_mask, self.sampling.max_new_tokens)
         self.policy.check_padding(prompt_mask)
-        batch, device = len(prompt_tokens), prompt_tokens.device
+        batch, device = len(prompt_tokens) * group_size, prompt_tokens.device
         out = _Columns(batch, self.sampling.max_new_tokens, self.special.pad, device)
         uniforms = uniforms.to(device)
         eos = torch.tensor(self.special.eos, device=device)
@@ -100,6 +102,9 @@ class DecodeLoop:
         alive = torch.ones(batch, dtype=torch.bool, device=device)  # which of those have not ended
         text = _Text(torch.where(prompt_mask, prompt_tokens, 0), prompt_mask)
         step = self._read(text, None)
+        if group_size > 1:
+            text.repeat(group_size)
+            step.repeat(group_size)
         for t in range(self.sampling.max_new_tokens):
             tokens, logprobs, kept = draw(
                 step.logits, uniforms[rows, t], self.sampling, self._forbidden(t, step.logits)
@@ -149,6 +154,9 @@ class _Text:
     def append(self, tokens: Tensor) -> None:
         self.tokens = torch.cat([self.tokens, tokens[:, None]], dim=1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+
+    def repeat(self, times: int) -> None:
+        self.tokens, self.mask = self.tokens.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0)
 
     def select(self, index: Tensor) -> None:
         self.tokens, self.mask = self.tokens[index], self.mask[index]

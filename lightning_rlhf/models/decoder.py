@@ -185,9 +185,10 @@ class Decoder(nn.Module):
         mask = torch.ones_like(rows, dtype=torch.bool)
         first = tokens.shape[1] - 1
         start = self(rows[:, :first], mask[:, :first], keep=1, use_cache=True)
-        if not hasattr(start.cache, "batch_select_indices"):
+        if not (hasattr(start.cache, "batch_select_indices") and hasattr(start.cache, "batch_repeat_interleave")):
             return False
-        start.cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=tokens.device))
+        start.cache.batch_repeat_interleave(2)
+        start.cache.batch_select_indices(torch.ones(1, dtype=torch.long, device=tokens.device))
         step = self(tokens[:, first:], mask[:1], keep=1, cache=start.cache, use_cache=True)
         return _same(torch.cat([start.logits[:1], step.logits], dim=1), plain)
 

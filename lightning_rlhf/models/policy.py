@@ -48,6 +48,17 @@ class NextToken(NamedTuple):
     values: Float[Tensor, " batch"] | None
     cache: Any
 
+    def repeat(self, times: int) -> None:
+        """Goes on with so many copies of every row, one after the other.
+
+        Args:
+            times: How many.
+        """
+        self.logits = self.logits.repeat_interleave(times, 0)
+        self.values = None if self.values is None else self.values.repeat_interleave(times, 0)
+        if self.cache is not None:
+            self.cache.batch_repeat_interleave(times)
+
 
 class Policy(nn.Module):
     """A language model that writes responses, with an optional value head on its last states.

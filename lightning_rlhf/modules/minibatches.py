@@ -28,7 +28,8 @@ class MinibatchPlan:
     """Epochs of shuffled minibatches whose weights no split can change.
 
     Every token's weight is divided by the count of its *global* minibatch, tokens or responses as ``averaging`` says,
-    and multiplied by the number of ranks, over which gradients are averaged. Making the plan is one collective.
+    and multiplied by the number of ranks, over which gradients are averaged. Rows without a signal are in no
+    micro-batch, but in that count, so that leaving them out changes no gradient. Making the plan is one collective.
 
     Args:
         experience: The rows of this rank.
@@ -58,16 +59,22 @@ class MinibatchPlan:
         self.weights = token_weights(mask, averaging, length)  # (batch, response)
         per_epoch = -(-rows_of_largest // minibatch_size)
         lengths = experience.response_mask.sum(1)
+        has_signal = experience.has_signal
+        counts = averaging_count(mask, averaging).double()  # (batch,)
         self.pieces: list[list[Tensor]] = []  # (minibatch, micro-batch): rows
+        mine: list[list[float]] = []  # (minibatch, 2): what its rows count, and micro-batches
         for _ in range(num_epochs):
             order = torch.randperm(len(experience), generator=generator).to(mask.device)
-            parts = [order[i * minibatch_size : (i + 1) * minibatch_size] for i in range(per_epoch)]
-            self.pieces += [_by_length(rows, lengths, micro_batch_size or minibatch_size) for rows in parts]
-        counts = averaging_count(mask, averaging).double()
-        mine = [[sum(float(counts[rows].sum()) for rows in pieces), float(len(pieces))] for pieces in self.pieces]
+            for i in range(per_epoch):
+                rows = order[i * minibatch_size : (i + 1) * minibatch_size]
+                learnt_from = rows if has_signal is None else rows[has_signal[rows]]
+                self.pieces.append(_by_length(learnt_from, lengths, micro_batch_size or minibatch_size))
+                mine.append([float(counts[rows].sum()), len(self.pieces[-1])])
         plans = gather_over_ranks(torch.tensor(mine, dtype=torch.float64, device=mask.device))  # (rank, minibatch, 2)
         self.counts = plans[..., 0].sum(0).clamp(min=1.0).tolist()
-        self.most_pieces = plans[..., 1].amax(0).long().tolist()
+        # At least one: where no row has a signal, a step with gradient 0 is made all the same, so that momentum, weight
+        # decay and schedule are those of a run that leaves nothing out.
+        self.most_pieces = plans[..., 1].amax(0).long().clamp(min=1).tolist()
 
     def __len__(self) -> int:
         return len(self.pieces)

@@ -137,13 +137,13 @@ class OnlineModule(ManualModule):
             What was written.
         """
         group = self.responses_per_prompt
-        if group > 1:
-            prompts = prompts.select(torch.arange(len(prompts)).repeat_interleave(group))
-        rows = [((i // group) * world_size() + rank()) * group + i % group for i in range(len(prompts))]
+        rows = [((i // group) * world_size() + rank()) * group + i % group for i in range(len(prompts) * group)]
         uniforms = row_uniforms(self.seed, "rollout", (self.iteration,), rows, self.sampling.max_new_tokens)
         decoded = self.decode(
-            prompts.prompt_tokens, prompts.prompt_mask, uniforms, self.sampling, self.with_final_values
+            prompts.prompt_tokens, prompts.prompt_mask, uniforms, self.sampling, self.with_final_values, group
         )
+        if group > 1:
+            prompts = prompts.select(torch.arange(len(prompts)).repeat_interleave(group))
         return Rollouts(
             prompt_tokens=prompts.prompt_tokens,
             prompt_mask=prompts.prompt_mask,

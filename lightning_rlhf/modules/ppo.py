@@ -13,7 +13,7 @@ from lightning_rlhf.functional.advantages import gae, shaped_rewards, token_rewa
 from lightning_rlhf.functional.averaging import Averaging
 from lightning_rlhf.functional.kl import k1, k2, k3
 from lightning_rlhf.functional.masked import mean_and_variance, moments
-from lightning_rlhf.functional.policy import ClipRange, clipped_surrogate, outside_clip
+from lightning_rlhf.functional.policy import ClipRange, clip_bounds, clipped_surrogate, outside_clip
 from lightning_rlhf.functional.value import clipped_value_loss
 from lightning_rlhf.models.loading import ModelLike
 from lightning_rlhf.modules.online import OnlineModule
@@ -94,7 +94,7 @@ class PPOModule(OnlineModule):
         for name, value in {"gamma": gamma, "gae_lambda": gae_lambda}.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"`{name}={value}` must lie between 0 and 1.")
-        self.clip_range: ClipRange = tuple(clip_range) if isinstance(clip_range, list) else clip_range
+        self.clip_range = clip_bounds(clip_range)
         self.dual_clip = dual_clip
         self.value_clip_range = value_clip_range
         self.vf_coef = vf_coef

@@ -55,25 +55,27 @@ class TextModule(L.LightningModule, ABC):
         uniforms: Tensor,
         sampling: Sampling,
         with_final_values: bool = False,
+        group_size: int = 1,
     ) -> Decoded:
         """Writes responses with the policy as it is, dropout off.
 
         Args:
             prompt_tokens: (batch, prompt), padded left.
             prompt_mask: (batch, prompt), True where a token is real.
-            uniforms: (batch, max_new_tokens), what chance says.
+            uniforms: (responses, max_new_tokens), what chance says.
             sampling: How tokens are drawn.
             with_final_values: Whether to read the value after the last token of responses that are cut off.
+            group_size: Responses to each prompt.
 
         Returns:
-            The responses.
+            The responses, those to a prompt one after the other.
         """
         loop = DecodeLoop(self.policy, sampling, self.special_tokens, self._criteria(sampling.stop), with_final_values)
         was_training = self.policy.training
         self.policy.eval()
         try:
             with held(self.policy):
-                return loop(prompt_tokens, prompt_mask, uniforms)
+                return loop(prompt_tokens, prompt_mask, uniforms, group_size)
         finally:
             self.policy.train(was_training)
 
