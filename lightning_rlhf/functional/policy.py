@@ -8,7 +8,7 @@ ClipRange = float | tuple[float, float]
 """How far a ratio may move before its gradient stops: the same both ways, or (below 1, above 1)."""
 
 
-def clip_bounds(clip_range: ClipRange | list[float]) -> tuple[float, float]:
+def clip_bounds(clip_range: ClipRange | list[float] | tuple[float, ...]) -> tuple[float, float]:
     """How far a ratio may move below and above 1.
 
     Args:

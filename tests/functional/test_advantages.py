@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_rlhf.functional.advantages import gae, shaped_rewards, token_rewards
+from lightning_rlhf.functional.advantages import gae, group_relative, shaped_rewards, token_rewards
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 NAN = float("nan")
@@ -215,3 +215,60 @@ def test_no_argument_is_written_to() -> None:
     gae(rewards, values, MASK, 0.9, 0.8, final_values)
     for after, expected in zip((rewards, values, final_values), before, strict=True):
         assert torch.equal(after.nan_to_num(-7.0), expected.nan_to_num(-7.0))
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.invariant(25)
+def test_a_response_is_credited_with_how_much_better_it_scored_than_its_group_by_hand() -> None:
+    scores = torch.tensor([1.0, 2.0, 6.0, -1.0, -1.0, 2.0], dtype=torch.float64)
+    centred = [-2.0, -1.0, 3.0, -1.0, -1.0, 2.0]
+    assert group_relative(scores, 3, divide_by_std=False).tolist() == centred
+    # Sums of squares 14 and 6, over 3 - 1.
+    stds = [7.0**0.5] * 3 + [3.0**0.5] * 3
+    expected = torch.tensor([a / s for a, s in zip(centred, stds, strict=True)], dtype=torch.float64)
+    assert_close(group_relative(scores, 3, eps=0.0), expected, **CLOSE)
+    assert_close(group_relative(scores, 3), expected, rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.invariant(25)
+@pytest.mark.parametrize("divide_by_std", [True, False])
+@pytest.mark.parametrize("group_size", [2, 3, 8])
+def test_the_advantages_of_a_group_sum_to_zero(group_size: int, divide_by_std: bool) -> None:
+    scores = torch.randn(5 * group_size, dtype=torch.float64) * 3 + 7
+    sums = group_relative(scores, group_size, divide_by_std).unflatten(0, (5, group_size)).sum(1)
+    assert_close(sums, torch.zeros(5, dtype=torch.float64), rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.invariant(25)
+@pytest.mark.parametrize("eps", [0.0, 1e-4])
+@pytest.mark.parametrize("divide_by_std", [True, False])
+def test_a_group_of_equal_scores_gives_exactly_zero(divide_by_std: bool, eps: float) -> None:
+    for score in (0.0, 0.1, 1 / 3, -7.7, 1e30):
+        for group_size in (2, 3, 7, 64):
+            scores = torch.cat([torch.full((group_size,), score), torch.arange(group_size).float()])
+            advantages = group_relative(scores, group_size, divide_by_std, eps)
+            assert advantages[:group_size].tolist() == [0.0] * group_size
+            assert bool(advantages[group_size:].isfinite().all())
+            assert bool((advantages[group_size:] != 0).any())
+
+
+@pytest.mark.invariant(25)
+def test_a_group_does_not_see_another_one_nor_what_is_added_to_all_of_its_scores() -> None:
+    scores = torch.randn(12, dtype=torch.float64)
+    whole = group_relative(scores, 4)
+    assert torch.equal(torch.cat([group_relative(part, 4) for part in scores.split(4)]), whole)
+    assert_close(group_relative(scores + 5.0, 4), whole, rtol=1e-9, atol=1e-9)
+    assert_close(group_relative(100.0 * scores, 4, eps=0.0), group_relative(scores, 4, eps=0.0), **CLOSE)
+
+
+def test_differences_that_are_rounding_are_not_blown_up() -> None:
+    scores = torch.tensor([1.0, 1.0 + 2e-7, 1.0, 1.0 - 1e-7])
+    assert float(group_relative(scores, 4).abs().max()) < 3e-3
+
+
+@pytest.mark.parametrize(("scores", "group_size"), [(5, 2), (3, 4), (4, 0)])
+def test_scores_that_make_no_whole_groups_are_refused(scores: int, group_size: int) -> None:
+    with pytest.raises(ValueError, match=f"`group_size={group_size}` does not divide {scores} scores"):
+        group_relative(torch.zeros(scores), group_size)

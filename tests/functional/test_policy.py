@@ -1,11 +1,13 @@
 """Policy-gradient objectives: every branch by hand, in value and gradient, and limits."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_rlhf.functional.policy import ClipRange, clipped_surrogate, outside_clip
+from lightning_rlhf.functional.policy import ClipRange, clip_bounds, clipped_surrogate, outside_clip
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -148,3 +150,13 @@ def test_outside_the_range_the_better_sign_has_no_gradient_and_inside_both_have(
         loss = clipped_surrogate(ratio, torch.full_like(ratio, sign), clip_range)
         stopped += torch.autograd.grad(loss.sum(), ratio)[0] == 0.0
     assert torch.equal(outside_clip(ratio.detach(), clip_range), stopped)
+
+
+@pytest.mark.parametrize("clip_range", [(-0.1, 0.2), [0.1], [0.1, 0.2, 0.3], float("nan"), -1.0])
+def test_a_clip_range_is_one_number_or_two(clip_range: Any) -> None:
+    with pytest.raises(ValueError, match="`clip_range=.*` must be a number of at least 0, or two"):
+        clip_bounds(clip_range)
+
+
+def test_a_list_of_two_is_a_clip_range() -> None:
+    assert clip_bounds([0.1, 0.3]) == (0.1, 0.3) == clip_bounds((0.1, 0.3))

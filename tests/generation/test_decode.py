@@ -308,6 +308,34 @@ def test_a_response_does_not_depend_on_who_else_is_there(name: str, monkeypatch:
             assert_close(alone.logprobs[i][alone.mask[i]], together.logprobs[row][together.mask[row]], **CLOSE)
 
 
+@pytest.mark.invariant(7)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_group_whose_prompt_is_read_once_writes_what_it_would_if_each_row_read_it(name: str) -> None:
+    policy = policy_of(name)
+    prompts = prompts_for(policy)[:4]
+    tokens, mask = padded(prompts, PAD, "left")
+    uniforms = row_uniforms(0, "rollout", (), range(12), 10)
+    loop = DecodeLoop(policy, Sampling(max_new_tokens=10), ENDS, with_final_values=True)
+    apart = loop(tokens.repeat_interleave(3, 0), mask.repeat_interleave(3, 0), uniforms)
+
+    widths, sizes = [], []
+    read = policy.next_token
+    policy.next_token = lambda tokens, *more: (  # type: ignore[method-assign]
+        sizes.append(len(tokens)) or widths.append(tokens.shape[1]) or read(tokens, *more)
+    )
+    together = loop(tokens, mask, uniforms, group_size=3)
+    assert responses(together) == responses(apart)
+    assert len({tuple(response) for response in responses(together)[:3]}) > 1
+    assert len(set(together.mask.sum(1).tolist())) >= 3
+    for field in ("mask", "truncated"):
+        assert torch.equal(getattr(together, field), getattr(apart, field))
+    for field in ("logprobs", "values", "final_values"):
+        assert_close(getattr(together, field), getattr(apart, field), **CLOSE)
+    assert sizes[0] == 4 < sizes[1]
+    caches = policy.decoder.caches
+    assert widths[1:] == [1 if caches else tokens.shape[1] + t for t in range(1, len(widths))]
+
+
 @pytest.mark.invariant(8)
 @pytest.mark.parametrize("name", [*USUAL, "mixtral", "openai_gpt", "mamba"])
 def test_what_lies_in_the_padding_of_prompts_changes_nothing_bit_for_bit(name: str) -> None:

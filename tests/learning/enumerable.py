@@ -3,10 +3,14 @@
 import itertools
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
+
+from lightning_rlhf import PromptDataModule
+from tests.training import bare_trainer
 
 LENGTH = 3
 PROMPT = "a"
@@ -75,3 +79,19 @@ def exact_logprobs(policy) -> torch.Tensor:
 def divergence(logprobs: torch.Tensor, other: torch.Tensor) -> float:
     """KL between two distributions over all responses, in nats."""
     return float((logprobs.exp() * (logprobs - other)).sum())
+
+
+def train(
+    cls: type, reward: Any, iterations: int, batch_size: int, **arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Trains an online module on the one prompt there is.
+
+    Returns:
+        Log-probability of every response before and after.
+    """
+    module = cls(config(), tokenizer=tokenizer(), reward=reward, sampling={"max_new_tokens": LENGTH}, **arguments)
+    module.configure_model()
+    before = exact_logprobs(module.policy)
+    data = PromptDataModule([PROMPT] * (iterations * batch_size), batch_size=batch_size)
+    bare_trainer(max_epochs=1).fit(module, datamodule=data)
+    return before, exact_logprobs(module.policy)

@@ -1,34 +1,10 @@
 import functools
 
-import lightning as L
 import pytest
 import torch
 
-from lightning_rlhf import PPOModule, PromptDataModule
+from lightning_rlhf import PPOModule
 from tests.learning import enumerable
-
-
-def train(reward, iterations, batch_size, **arguments):
-    module = PPOModule(
-        enumerable.config(),
-        tokenizer=enumerable.tokenizer(),
-        reward=reward,
-        sampling={"max_new_tokens": enumerable.LENGTH},
-        **arguments,
-    )
-    module.configure_model()
-    before = enumerable.exact_logprobs(module.policy)
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    prompts = [enumerable.PROMPT] * (iterations * batch_size)
-    trainer.fit(module, datamodule=PromptDataModule(prompts, batch_size=batch_size))
-    return before, enumerable.exact_logprobs(module.policy)
 
 
 def test_ppo_learns_to_write_the_token_that_pays():
@@ -36,7 +12,7 @@ def test_ppo_learns_to_write_the_token_that_pays():
         return [response.split().count("b") for response in responses]
 
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-2)
-    _, after = train(count, iterations=15, batch_size=64, optimizer=optimizer, kl_coef=0.0)
+    _, after = enumerable.train(PPOModule, count, iterations=15, batch_size=64, optimizer=optimizer, kl_coef=0.0)
     best = enumerable.RESPONSES.index((2, 2, 2))
     assert after.exp()[best] > 0.9
 
@@ -45,7 +21,8 @@ def test_ppo_learns_to_write_the_token_that_pays():
 @pytest.mark.parametrize("beta", [0.5, 0.2])
 def test_ppo_converges_to_the_optimum_of_kl_regularised_rl(beta):
     table = enumerable.Table(seed=3)
-    before, after = train(
+    before, after = enumerable.train(
+        PPOModule,
         table.score,
         iterations=40,
         batch_size=512,

@@ -140,6 +140,21 @@ def test_a_cache_that_gives_other_logits_is_found_out() -> None:
 
 
 @pytest.mark.invariant(14)
+def test_a_cache_whose_rows_are_repeated_in_another_order_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.cache_utils import DynamicCache
+
+    def repeat(cache: Any, times: int) -> None:
+        rows = torch.arange(2).repeat(times)  # 0 1 0 1, where 0 0 1 1 is wanted
+        cache.batch_select_indices(rows)
+
+    decoder = Decoder(network(tiny_gpt2()))
+    monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", repeat)
+    with pytest.warns(UserWarning, match="cannot be decoded from a cache"):
+        decoder.probe()
+    assert (decoder.pads, decoder.caches) == (True, False)
+
+
+@pytest.mark.invariant(14)
 @pytest.mark.parametrize("name", ["Bert", "XLNet"])
 def test_a_model_that_looks_ahead_is_refused_by_name(name: str) -> None:
     import transformers

@@ -221,3 +221,55 @@ def test_every_rank_makes_as_many_updates_and_micro_batches_as_the_largest(of_tw
     assert loud == [[True, True, False], [False, False, False], [False]]
     for minibatch in small:
         assert all(len(batch) == 1 and batch.response_mask.any() for batch in minibatch.micro_batches)
+
+
+# --- rows without a signal --------------------------------------------------------------------------------------------
+
+
+def quiet(rows, without):
+    """Rows whose terms are 0, so that their gradient is; and the same, known to be so."""
+    advantages = rows.advantages.clone()
+    advantages[without] = torch.where(rows.sampled_mask[without], 0.0, advantages[without])
+    has_signal = torch.ones(len(rows), dtype=torch.bool)
+    has_signal[without] = False
+    return replace(rows, advantages=advantages), replace(rows, advantages=advantages, has_signal=has_signal)
+
+
+@pytest.mark.invariant(30)
+@pytest.mark.parametrize("averaging", MODES)
+@pytest.mark.parametrize("micro_batch_size", [1, 2, None])
+def test_rows_without_a_signal_are_not_run_and_change_no_gradient(averaging, micro_batch_size):
+    without = [0, 2, 3]
+    arguments = {"averaging": averaging, "micro_batch_size": micro_batch_size, "num_epochs": 2}
+    whole, fewer = (list(plan(rows, **arguments)) for rows in quiet(experience(), without))
+    for one, other in zip(whole, fewer, strict=True):
+        torch.testing.assert_close(gradient(other), gradient(one), rtol=1e-6, atol=1e-9)
+        loud = sorted(row for row in rows_of(one) if row not in without)
+        assert sorted(rows_of(other)) == loud
+        assert gradient(other).nonzero().flatten().tolist() == loud
+
+
+@pytest.mark.invariant(30)
+def test_a_minibatch_of_rows_without_a_signal_is_still_a_step_with_gradient_zero():
+    _, rows = quiet(experience(), list(range(7)))
+    minibatches = list(plan(rows, micro_batch_size=1))
+    assert [len(minibatch.micro_batches) for minibatch in minibatches] == [1, 1, 1]
+    for minibatch in minibatches:
+        assert gradient(minibatch).tolist() == [0.0] * 16
+        assert float(minibatch.micro_batches[0].weights.abs().max()) == 0.0
+
+
+@pytest.mark.invariant(30, 38)
+@pytest.mark.parametrize("averaging", MODES)
+def test_ranks_with_different_numbers_of_rows_without_a_signal_go_in_step(of_two_ranks, averaging):
+    lengths = (3, 1, 5, 2, 4, 1)
+    loud = [experience(lengths[:3]), experience(lengths[3:], first=3)]
+    pairs = [quiet(loud[0], [0, 1, 2]), quiet(loud[1], [1])]  # nothing is left of the first rank
+    arguments = {"averaging": averaging, "micro_batch_size": 1}
+    whole = of_two_ranks([pair[0] for pair in pairs], **arguments)
+    fewer = of_two_ranks([pair[1] for pair in pairs], **arguments)
+    for ones, others in zip(zip(*whole, strict=True), zip(*fewer, strict=True), strict=True):
+        assert [len(other.micro_batches) for other in others] == [2, 2]
+        mean = (gradient(ones[0]) + gradient(ones[1])) / 2
+        torch.testing.assert_close((gradient(others[0]) + gradient(others[1])) / 2, mean, rtol=1e-6, atol=1e-9)
+        assert not any((batch.weights != 0).any() for batch in others[0].micro_batches)
