@@ -55,6 +55,6 @@ def test_grpo_converges_to_the_optimum_of_kl_regularised_rl(beta):
 
 @pytest.mark.invariant(21, 35)
 def test_the_divergence_in_the_loss_has_another_optimum():
-    start, end = distances("loss", 0.2)
+    start, end = distances("loss", 0.2, iterations=20)  # which comes within 0.02 with the divergence in the reward
     assert start > 0.5
-    assert end > 0.05
+    assert end > 0.3
