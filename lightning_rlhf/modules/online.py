@@ -228,6 +228,7 @@ class OnlineModule(ManualModule):
 
     def on_train_start(self) -> None:
         """Makes sure of the reference, once everything is restored and converted."""
+        self._began = None
         if self.reference is not None:
             self.reference.check()
 

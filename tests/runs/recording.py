@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
@@ -146,7 +146,7 @@ def run(case: Case, ckpt_path: Any = None, with_val: bool = False, callbacks: An
     trainer = bare_trainer(
         callbacks=[Dearer(), *callbacks, places],
         logger=memory,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         num_sanity_val_steps=0,
         **{**case.flags, **flags},
     )
