@@ -4,6 +4,7 @@ import functools
 import re
 
 import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import FSDPStrategy
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
@@ -12,7 +13,7 @@ from transformers import BertConfig, GPT2Model, T5Config
 from lightning_rlhf import ConversationDataModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
 from lightning_rlhf.batches import PromptBatch
 from lightning_rlhf.data.tokens import padded
-from tests.networks import POSITIONS, network, tiny_gpt2, word_tokenizer
+from tests.networks import ARCHITECTURES, POSITIONS, network, tiny_gpt2, word_tokenizer
 from tests.training import PROMPTS, bare_trainer, fit, module_of
 
 LONG = " ".join("abcdefghij" * 6)  # 60 tokens: with a response of up to six, more than the model's 64 positions
@@ -329,14 +330,64 @@ def test_data_that_another_module_learns_from_is_refused():
         bare_trainer(max_epochs=1).fit(module, datamodule=PromptDataModule(["a b"], batch_size=1))
 
 
+def saved(folder, module, data, **flags):
+    """A checkpoint of a short run."""
+    trainer = bare_trainer(max_epochs=1, **flags)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(folder / "other.ckpt")
+    return folder / "other.ckpt"
+
+
 def test_a_checkpoint_of_another_kind_of_module_is_refused(tmp_path):
-    trainer = bare_trainer(max_epochs=1)
-    trainer.fit(SFTModule(tiny_gpt2(), tokenizer=word_tokenizer()), datamodule=ConversationDataModule(["a b c"]))
-    trainer.save_checkpoint(tmp_path / "sft.ckpt")
-    with pytest.raises(ValueError, match="`ckpt_path` is no checkpoint of an online module: PPOModule cannot go on"):
-        bare_trainer(max_epochs=2).fit(
-            module_of(PPOModule, kl_coef=0.0), datamodule=PromptDataModule(PROMPTS), ckpt_path=tmp_path / "sft.ckpt"
-        )
+    texts = ConversationDataModule(["a b c"])
+    of_sft = saved(tmp_path, SFTModule(tiny_gpt2(), tokenizer=word_tokenizer()), texts)
+    for coefficient in (0.0, 0.1):  # without a reference, and with one
+        with complains(
+            "`ckpt_path` is a checkpoint of SFTModule, and PPOModule cannot go on from it: to begin with its weights, "
+            "export them with `save_pretrained` and pass the folder as `policy`."
+        ):
+            module = module_of(PPOModule, kl_coef=coefficient)
+            bare_trainer(max_epochs=2).fit(module, datamodule=PromptDataModule(PROMPTS), ckpt_path=of_sft)
+    of_ppo = saved(tmp_path, module_of(PPOModule), PromptDataModule(PROMPTS))
+    with complains("`ckpt_path` is a checkpoint of PPOModule, and SFTModule cannot go on from it: to begin with"):
+        module = SFTModule(tiny_gpt2(), tokenizer=word_tokenizer())
+        bare_trainer(max_epochs=2).fit(module, datamodule=texts, ckpt_path=of_ppo)
+
+
+def test_a_checkpoint_that_no_module_of_ours_wrote_is_refused(tmp_path):
+    path = saved(tmp_path, BoringModel(), None)
+    with complains("`ckpt_path` was not written by a module of lightning_rlhf, and PPOModule cannot go on from it"):
+        bare_trainer(max_epochs=2).fit(module_of(PPOModule), datamodule=PromptDataModule(PROMPTS), ckpt_path=path)
+
+
+@pytest.mark.parametrize(
+    ("policy", "difference"),
+    [
+        (tiny_gpt2(width=32), "`policy.decoder.model.transformer.wte.weight` is (24, 32) here and (24, 16) there"),
+        (tiny_gpt2(layers=3), "it has `policy.decoder.model.transformer.h.2.ln_1.weight`, and the checkpoint does not"),
+        (tiny_gpt2(layers=1), "the checkpoint has `policy.decoder.model.transformer.h.1.ln_1.weight`, and it does not"),
+        (ARCHITECTURES["llama"](), "it has `policy.decoder.model.model.embed_tokens.weight`, and the checkpoint does"),
+    ],
+    ids=["width", "more layers", "fewer layers", "architecture"],
+)
+def test_a_checkpoint_of_another_policy_is_refused(tmp_path, policy, difference):
+    path = saved(tmp_path, ppo(), PromptDataModule(PROMPTS))
+    with complains(f"`policy` is not the network that `ckpt_path` holds: {difference}") as caught:
+        bare_trainer(max_epochs=2).fit(ppo(policy), datamodule=PromptDataModule(PROMPTS), ckpt_path=path)
+    assert len(str(caught.value)) < 300
+    assert str(caught.value).endswith("or begin a new run without `ckpt_path`.")
+
+
+def test_a_checkpoint_of_a_policy_of_which_something_else_trained_is_refused(tmp_path):
+    class Partly(PPOModule):
+        def build(self):
+            super().build()
+            self.policy.decoder.model.transformer.wte.requires_grad_(False)
+
+    path = saved(tmp_path, ppo(), PromptDataModule(PROMPTS))
+    with complains("holds: 31 of its parameters train, and 32 did before. Resume with the model that the run began"):
+        module = module_of(Partly)
+        bare_trainer(max_epochs=2).fit(module, datamodule=PromptDataModule(PROMPTS), ckpt_path=path)
 
 
 def test_no_prompts_at_a_time_is_refused():

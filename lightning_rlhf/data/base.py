@@ -6,6 +6,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_rlhf.batches import Batch
 from lightning_rlhf.data.cursor import Cursor, CursorSampler
 from lightning_rlhf.data.formats import Row
+from lightning_rlhf.data.settled import settled_batches
 
 _WRONG_ADVICE = (
     ".*does not have many workers",  # few are right for rows that only need padding
@@ -62,6 +64,8 @@ class RLHFDataModule(L.LightningDataModule, ABC):
         self.tokenizer: Any = None
         self.max_tokens: int | None = None
         self.cursor = Cursor()
+        self._settled = Cursor()  # the place behind which everything is in the weights
+        self._due = 0  # batches that training has finished once the last one that was read is
 
     @abstractmethod
     def tokenized(self, row: Row, number: int) -> Any:
@@ -92,6 +96,7 @@ class RLHFDataModule(L.LightningDataModule, ABC):
             raise ValueError(
                 "`tokenizer` is not set: fit with an RLHF module, which brings its own, or set `datamodule.tokenizer`."
             )
+        self._due = 0
         items = [self.tokenized(row, number) for number, row in enumerate(self.rows)]
         world_size = 1 if self.trainer is None else self.trainer.world_size
         rank = 0 if self.trainer is None else self.trainer.global_rank
@@ -109,12 +114,24 @@ class RLHFDataModule(L.LightningDataModule, ABC):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Moves the cursor: fires once for every batch that training consumes, before its step."""
         if self.trainer is not None and self.trainer.training:
+            if self._is_settled():
+                self._settled = replace(self.cursor)
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+            self._due = progress.total.processed + 1
             self.cursor.advance(int(self.trainer.num_training_batches))
         return batch
 
+    def _is_settled(self) -> bool:
+        """Whether what was read is in the weights, and not a batch that is under way."""
+        if self.trainer is None:
+            return True
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        return progress.total.processed >= self._due and settled_batches(self.trainer) == progress.current.ready
+
     def state_dict(self) -> dict[str, Any]:
-        """The place in the data."""
-        return {"epoch": self.cursor.epoch, "position": self.cursor.position}
+        """The place in the data, up to which everything is in the weights."""
+        place = self.cursor if self._is_settled() else self._settled
+        return {"epoch": place.epoch, "position": place.position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes back to a saved place."""

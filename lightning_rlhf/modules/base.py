@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_rlhf.batches import Batch
 from lightning_rlhf.chance import derived_seed
 from lightning_rlhf.data.base import RLHFDataModule, run_seed
+from lightning_rlhf.data.settled import count_logged, go_on_with_a_new_epoch, settle
 from lightning_rlhf.generation.sampling import Sampling
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.dropout import DropoutValues, disable_dropout, original_dropout
@@ -30,13 +31,11 @@ from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.models.weights import whole_state
 from lightning_rlhf.modules.arguments import given_arguments, plain_arguments, reject_unknown
 from lightning_rlhf.modules.optimization import OptimizerLike, SchedulerLike, make_optimizer, make_scheduler
+from lightning_rlhf.modules.resuming import STATE, algorithm_of, check_resumable
 from lightning_rlhf.modules.text import TextModule
 from lightning_rlhf.strategies.checkpoint_io import make_checkpoints_atomic, replace_synced
 from lightning_rlhf.strategies.fsdp2 import check_strategy
 from lightning_rlhf.strategies.sharding import shard
-
-STATE = "lightning_rlhf"
-"""The key under which checkpoints hold what is neither weight nor optimizer."""
 
 
 class RLHFModule(TextModule):
@@ -174,6 +173,12 @@ class RLHFModule(TextModule):
                 f"`train_dataloaders` or `datamodule` yields {type(batch).__name__}, and {type(self).__name__} learns "
                 f"from {kind.__name__}: use {source}, or a loader that yields the same."
             )
+        if self.trainer.ckpt_path is not None:
+            count_logged(self.trainer)
+
+    def on_train_epoch_start(self) -> None:
+        """Begins an epoch, of a resumed run too."""
+        go_on_with_a_new_epoch(self.trainer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer, with a group of parameters for the model and one for the value head."""
@@ -194,6 +199,15 @@ class RLHFModule(TextModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # --- saving -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what is neither weight nor optimizer, and leaves out of the counters what has not come to an end."""
+        checkpoint[STATE] = {"algorithm": algorithm_of(self)}
+        settle(self.trainer, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses what this module cannot go on from."""
+        check_resumable(self, checkpoint)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes model and tokenizer as a plain Hugging Face folder, with the original dropout values.

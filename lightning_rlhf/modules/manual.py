@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -135,12 +136,15 @@ class ManualModule(RLHFModule):
         optimizer.zero_grad()
         self._drift.zero_()
         losses: dict[str, list[Tensor]] = {}
+        last = len(minibatch.micro_batches) - 1
         for i, batch in enumerate(minibatch.micro_batches):
             torch.manual_seed(derived_seed(self.seed, "noise", self.trainer.global_step, i, rank()))
             terms, metrics = self.loss(batch)
             assert batch.weights is not None
             counts = batch.weights != 0
-            self.manual_backward(torch.where(counts, batch.weights * terms, 0.0).sum())
+            # Gradients are added up here and go over all ranks once, with the last of them.
+            with _block_parallel_sync_behavior(self.trainer.strategy, block=i < last):
+                self.manual_backward(torch.where(counts, batch.weights * terms, 0.0).sum())
             for name, values in metrics.items():
                 if name.endswith("/loss"):
                     part = torch.where(counts, batch.weights * values.detach(), 0.0).sum()

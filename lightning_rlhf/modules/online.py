@@ -19,9 +19,9 @@ from lightning_rlhf.models.hydra import reference_of
 from lightning_rlhf.models.loading import ModelLike, ModelSpec
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reference import Reference
-from lightning_rlhf.modules.base import STATE
 from lightning_rlhf.modules.manual import ManualModule
 from lightning_rlhf.modules.ranks import agree, rank, sum_over_ranks, world_size
+from lightning_rlhf.modules.resuming import STATE
 from lightning_rlhf.modules.scaling import RewardScaling, ScoreScaler
 from lightning_rlhf.rewards.combine import CombinedReward, RewardLike
 
@@ -90,12 +90,14 @@ class OnlineModule(ManualModule):
         self.kl_in = kl_in
         self.scaled = ScoreScaler(reward_clip, reward_scaling, missing_eos_penalty)
         self.with_final_values = False
+        self._began: dict[str, Any] | None = None  # how the iteration that is under way did, None between two
 
     # --- an iteration -------------------------------------------------------------------------------------------
 
     def training_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """One iteration."""
         started = time.perf_counter()
+        self._began = {**self._state(), "updates": self.trainer.global_step}
         with self.report.timed("time/generate"):
             rollouts = self.rollout(prompts)
         with self.report.timed("time/score"):
@@ -110,6 +112,7 @@ class OnlineModule(ManualModule):
                 self.update(minibatch)
         self.report.send(self, self.iteration, experience.response_mask.sum(), time.perf_counter() - started)
         self.iteration += 1
+        self._began = None
 
     @abstractmethod
     def experience(self, rollouts: Rollouts, scores: Scores) -> Experience:
@@ -225,6 +228,7 @@ class OnlineModule(ManualModule):
 
     def on_train_start(self) -> None:
         """Makes sure of the reference, once everything is restored and converted."""
+        self._began = None
         if self.reference is not None:
             self.reference.check()
 
@@ -247,24 +251,31 @@ class OnlineModule(ManualModule):
         room = super().max_prompt_tokens
         return None if room is None else room - self.sampling.max_new_tokens
 
+    def _state(self) -> dict[str, Any]:
+        """What an iteration changes beside the weights."""
+        # A NumPy number would not load with `weights_only=True`.
+        return {"iteration": self.iteration, "kl_coef": float(self.kl_coef), "scaler": self.scaled.state_dict()}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what is neither weight nor optimizer."""
-        checkpoint[STATE] = {
-            "iteration": self.iteration,
-            "kl_coef": float(self.kl_coef),  # a NumPy number would not load with `weights_only=True`
-            "scaler": self.scaled.state_dict(),
-            "reference": None if self.reference is None else self.reference.state_dict(),
-        }
+        """Adds what is neither weight nor optimizer; an iteration that is under way is to begin anew."""
+        super().on_save_checkpoint(checkpoint)
+        state = {**self._state(), "updates": 0}
+        if self._began is not None:
+            state = {**self._began, "updates": self.trainer.global_step - self._began["updates"]}
+        state["reference"] = None if self.reference is None else self.reference.state_dict()
+        checkpoint[STATE] |= state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes it back; whether the reference is the same is looked at when training starts."""
-        if STATE not in checkpoint:
-            raise ValueError(
-                f"`ckpt_path` is no checkpoint of an online module: {type(self).__name__} cannot go on from it. To "
-                "begin with its weights, export them with `save_pretrained` and pass the folder as `policy`."
-            )
+        super().on_load_checkpoint(checkpoint)
         state = checkpoint[STATE]
         self.iteration, self.kl_coef = state["iteration"], state["kl_coef"]
         self.scaled.load_state_dict(state["scaler"])
         if self.reference is not None and state["reference"] is not None:
             self.reference.load_state_dict(state["reference"])
+        if state["updates"]:
+            rank_zero_warn(
+                f"`ckpt_path` was written in the middle of iteration {self.iteration}, which begins anew with weights "
+                f"that it had updated {state['updates']} times: what follows is sound, but not what an uninterrupted "
+                "run would have done. A checkpoint from between two iterations would go on with that."
+            )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk, a used-up quota, a limit on the size of files."""
 
 
 class AtomicCheckpointIO(_WrappingCheckpointIO):
@@ -23,7 +28,11 @@ class AtomicCheckpointIO(_WrappingCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Saves to ``<path>.tmp``, and renames that to ``path`` once it is on the disk."""
+        """Saves to ``<path>.tmp``, and renames that to ``path`` once it is on the disk.
+
+        Raises:
+            OSError: If there is no room for it; what lay at ``path`` is still there.
+        """
         assert self.checkpoint_io is not None
         if "://" in str(path) or Path(path).is_dir():
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
@@ -35,6 +44,15 @@ class AtomicCheckpointIO(_WrappingCheckpointIO):
             self.checkpoint_io.save_checkpoint(checkpoint, beside, storage_options)
             if beside.is_file():
                 replace_synced(beside, target)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise OSError(
+                error.errno,
+                f"the checkpoint '{target}' could not be written ({os.strerror(error.errno)}): make room where it is "
+                f"to lie and in the temporary folder '{tempfile.gettempdir()}', or let `ModelCheckpoint` keep fewer "
+                "(`save_top_k`) or write elsewhere (`dirpath`). The checkpoint before it is whole",
+            ) from error
         finally:
             if beside.is_file():
                 beside.unlink()
