@@ -104,7 +104,7 @@ class DecodeLoop:
         step = self._read(text, None)
         if group_size > 1:
             text.repeat(group_size)
-            step.repeat(group_size)
+            step = step.repeated(group_size)
         for t in range(self.sampling.max_new_tokens):
             tokens, logprobs, kept = draw(
                 step.logits, uniforms[rows, t], self.sampling, self._forbidden(t, step.logits)

@@ -48,16 +48,19 @@ class NextToken(NamedTuple):
     values: Float[Tensor, " batch"] | None
     cache: Any
 
-    def repeat(self, times: int) -> None:
-        """Goes on with so many copies of every row, one after the other.
+    def repeated(self, times: int) -> NextToken:
+        """So many copies of every row, one after the other; the cache is repeated in place.
 
         Args:
             times: How many.
+
+        Returns:
+            What goes on with them.
         """
-        self.logits = self.logits.repeat_interleave(times, 0)
-        self.values = None if self.values is None else self.values.repeat_interleave(times, 0)
         if self.cache is not None:
             self.cache.batch_repeat_interleave(times)
+        values = None if self.values is None else self.values.repeat_interleave(times, 0)
+        return NextToken(self.logits.repeat_interleave(times, 0), values, self.cache)
 
 
 class Policy(nn.Module):

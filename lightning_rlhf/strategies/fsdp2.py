@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.fsdp import FSDPModule
 
 from lightning_rlhf.strategies.checkpoint_io import replace_folder
 
@@ -51,19 +48,6 @@ class RLHFStrategy(ModelParallelStrategy):
         """Starts the processes' group, with all of them side by side."""
         self._data_parallel_size = self.num_nodes * self.num_processes  # by default it would be the number of nodes
         super().setup_environment()
-
-    @contextmanager
-    def block_backward_sync(self) -> Iterator[None]:
-        """Adds gradients up on each process for a while, instead of reducing them in every backward pass."""
-        assert self.model is not None
-        roots = [module for module in self.model.children() if isinstance(module, FSDPModule)]
-        for root in roots:
-            root.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            for root in roots:
-                root.set_requires_gradient_sync(True)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
