@@ -39,13 +39,15 @@ class Seen(Callback):
 def bare_trainer(**flags: Any) -> L.Trainer:
     """One CPU, nothing printed, nothing written."""
     quiet = {
+        "accelerator": "cpu",
+        "devices": 1,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "log_every_n_steps": 1,
     }
-    return L.Trainer(accelerator="cpu", devices=1, **{**quiet, **flags})
+    return L.Trainer(**{**quiet, **flags})
 
 
 def module_of(cls: type, policy: Any = None, **arguments: Any) -> Any:

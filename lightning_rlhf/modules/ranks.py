@@ -1,5 +1,7 @@
 """What processes tell each other."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -59,15 +61,32 @@ def agree(error: Exception | None, what: str, rows: int, device: torch.device) -
         Rows of the process that has most.
 
     Raises:
-        RuntimeError: If the error happened elsewhere; here it is raised as it is.
+        RuntimeError: If the error happened elsewhere, with what it said there; here it is raised as it is.
     """
     states = gather_over_ranks(torch.tensor([error is not None, rows], device=device, dtype=torch.int64))
-    if error is not None:
-        raise error
     failed = states[:, 0].nonzero().flatten().tolist()
     if failed:
-        raise RuntimeError(f"{what} failed on rank {', '.join(map(str, failed))}, whose own error says why.")
+        said = gather_objects(error and f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        where = "; ".join(f"rank {number}: {said[number]}" for number in failed)
+        raise RuntimeError(f"{what} failed on {where}")
     return int(states[:, 1].max())
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """Collects whatever can be pickled from all processes; a collective, for what is rare and small.
+
+    Args:
+        mine: Of this process.
+
+    Returns:
+        One of each process, on all.
+    """
+    everyones = [mine] * world_size()
+    if _is_distributed():
+        dist.all_gather_object(everyones, mine)
+    return everyones
 
 
 def _is_distributed() -> bool:

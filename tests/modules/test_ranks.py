@@ -7,7 +7,9 @@ CPU = torch.device("cpu")
 
 
 def of_three(monkeypatch, *others):
-    """Two more processes that say (failed, rows)."""
+    """Two more processes that say (failed, rows), and what if they failed."""
+    said = ["no cats" if failed else None for failed, _ in others]
+    monkeypatch.setattr("lightning_rlhf.modules.ranks.gather_objects", lambda mine: [mine, *said])
     monkeypatch.setattr(
         "lightning_rlhf.modules.ranks.gather_over_ranks",
         lambda mine: torch.stack([mine, *(torch.tensor(other) for other in others)]),
@@ -30,16 +32,17 @@ def test_all_know_who_has_most_rows(monkeypatch):
 @pytest.mark.invariant(39)
 def test_an_error_elsewhere_stops_this_process_too_and_says_where(monkeypatch):
     of_three(monkeypatch, [1, 7], [1, 2])
-    with pytest.raises(RuntimeError, match="^`reward` 'cats' failed on rank 1, 2, whose own error says why"):
+    with pytest.raises(RuntimeError, match="^`reward` 'cats' failed on rank 1: no cats; rank 2: no cats$"):
         agree(None, "`reward` 'cats'", 5, CPU)
 
 
 @pytest.mark.invariant(39)
 def test_an_error_here_is_raised_as_it_is_once_the_others_know(monkeypatch):
     told = []
-    monkeypatch.setattr("lightning_rlhf.modules.ranks.gather_over_ranks", lambda mine: told.append(mine.tolist()))
+    of_three(monkeypatch, [0, 7], [0, 2])
+    monkeypatch.setattr("lightning_rlhf.modules.ranks.gather_objects", told.append)
     error = ValueError("mine")
     with pytest.raises(ValueError, match="^mine$") as raised:
         agree(error, "the reward", 5, CPU)
     assert raised.value is error
-    assert told == [[1, 5]]
+    assert told == ["ValueError: mine"]

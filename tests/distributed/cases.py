@@ -1,0 +1,307 @@
+"""What two processes do under a strategy, and one process on the whole batch; each returns what can be compared.
+
+A case is a function of the strategy's name and a folder that all processes share. Under ``"auto"`` there is one
+process, and batches are as large as those of all processes together. Imported by name in the processes themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_rlhf import ConversationDataModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
+from lightning_rlhf.batches import PromptBatch
+from lightning_rlhf.data.tokens import padded
+from lightning_rlhf.models.weights import whole, whole_state
+from lightning_rlhf.modules.ranks import rank, world_size
+from tests.networks import bigram, tiny_gpt2, word_tokenizer
+from tests.training import Seen, bare_trainer
+
+PROMPTS = ["a b c", "d", "e f", "b a a c", "c", "f e d", "b b", "a"]
+LETTERS = 8  # of the vocabulary, `<eos>` and `<pad>` among them: one token in eight ends a response
+sgd = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+without_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def early_letters(prompts, responses):
+    """A reward in [-1, 1] in which most responses differ."""
+    words = [response.split() for response in responses]
+    return [sum(1 if word < "d" else -1 for word in row) / max(len(row), 1) for row in words]
+
+
+def policy_of(num_layers_unfrozen: int = -1, layers: int = 3) -> ModelSpec:
+    """A GPT-2 with random weights, the same on all processes."""
+    return ModelSpec(tiny_gpt2(LETTERS, layers=layers, initializer_range=0.3), num_layers_unfrozen=num_layers_unfrozen)
+
+
+def online(cls: type, policy: Any = None, **arguments: Any) -> Any:
+    """An online module that makes one minibatch an epoch, whatever the number of processes."""
+    defaults: dict[str, Any] = {
+        "tokenizer": word_tokenizer(LETTERS),
+        "reward": early_letters,
+        "sampling": {"max_new_tokens": 6},
+        "num_epochs": 2,
+        "minibatch_size": 64,
+        "kl_coef": 0.1,
+        "optimizer": sgd,
+        "seed": 8,
+    }
+    return cls(policy or policy_of(), **{**defaults, **arguments})
+
+
+ALGORITHMS: dict[str, Any] = {
+    "ppo": functools.partial(online, PPOModule, reward_scaling="running", micro_batch_size=1),
+    "ppo_hydra": lambda **more: online(PPOModule, policy_of(2), reward_scaling="running", **more),
+    "ppo_loss": functools.partial(online, PPOModule, kl_in="loss", kl_estimator="k2", averaging="responses"),
+}
+
+
+def norm_of(optimizer: Any) -> float:
+    """Of the gradients of all that it updates."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return float(whole(torch.nn.utils.get_total_norm(gradients)))
+
+
+class Watch(Seen):
+    """Also keeps the norms of gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms: list[float] = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        if not module.automatic_optimization:
+            self.norms.append(norm_of(optimizer))
+
+
+class Measured(SFTModule):
+    """Keeps the norms of gradients once they are those of a mean, which callbacks come too early for."""
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        watch = next(callback for callback in self.trainer.callbacks if isinstance(callback, Watch))
+        watch.norms.append(norm_of(optimizer))
+
+
+def trainer_of(strategy: str, **flags: Any) -> Any:
+    """All processes of the group, or this one alone."""
+    return bare_trainer(strategy=strategy, devices=1 if strategy == "auto" else 2, **flags)
+
+
+def per_process(size: int, strategy: str) -> int:
+    """What each process gets of a batch."""
+    return size if strategy == "auto" else size // 2
+
+
+def fit(module: Any, data: Any, strategy: str, ckpt_path: Any = None, **flags: Any) -> dict[str, Any]:
+    """Trains, and returns all that is to be the same on one process and on two."""
+    watch = Watch()
+    callbacks = [*flags.pop("callbacks", []), watch]
+    trainer = trainer_of(strategy, callbacks=callbacks, **{"max_epochs": 3, **flags})
+    if isinstance(data, DataLoader):
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+    else:
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return {
+        "norms": watch.norms,
+        "metrics": [
+            {name: value for name, value in of_iteration.items() if not name.startswith(("time/", "speed/"))}
+            for of_iteration in watch.metrics
+        ],
+        "experiences": [experience_of(experience) for experience in watch.experiences],
+        "weights": torch.cat([value.flatten() for _, value in sorted(whole_state(module.policy).items())]),
+        "moments": module.scaled.moments.tolist() if hasattr(module, "scaled") else None,
+        "world": (rank(), world_size()),
+    }
+
+
+def experience_of(experience: Any) -> dict[str, Any]:
+    """Row by row, without padding."""
+    rows = [mask.nonzero().flatten() for mask in experience.response_mask]
+    scaled = experience.advantages
+    return {
+        "prompts": experience.prompts,
+        "responses": experience.responses,
+        "tokens": [tokens[row].tolist() for tokens, row in zip(experience.response_tokens, rows, strict=True)],
+        "advantages": [values[row].tolist() for values, row in zip(scaled, rows, strict=True)],
+        "scores": experience.scores.total.tolist(),
+    }
+
+
+def learns(name: str, strategy: str, folder: Path) -> dict[str, Any]:
+    """Three iterations of an algorithm on eight prompts."""
+    data = PromptDataModule(PROMPTS, batch_size=per_process(8, strategy), seed=3)
+    return fit(ALGORITHMS[name](), data, strategy)
+
+
+ppo = functools.partial(learns, "ppo")
+ppo_hydra = functools.partial(learns, "ppo_hydra")
+ppo_loss = functools.partial(learns, "ppo_loss")
+
+
+def sft(strategy: str, folder: Path) -> dict[str, Any]:
+    """Windows of two batches with uneven counts of tokens, and a last one of one."""
+    texts = [
+        "a b c d e f",
+        "a",
+        "c c",
+        "d e f a b c d",
+        "b",
+        "f e",
+        "a a a",
+        "e",
+        "b c d e",
+        "f",
+        "a b",
+        "c d e f a b c",
+    ]
+    module = Measured(
+        tiny_gpt2(LETTERS, layers=2, initializer_range=0.3, **without_dropout),
+        tokenizer=word_tokenizer(LETTERS),
+        optimizer=sgd,
+        seed=8,
+    )
+    data = ConversationDataModule(texts, batch_size=per_process(4, strategy), seed=3)
+    return fit(module, data, strategy, accumulate_grad_batches=2, gradient_clip_val=0.5)
+
+
+def unlike_lengths(strategy: str, folder: Path) -> dict[str, Any]:
+    """All that the second process writes ends at once, while the first writes on to the limit."""
+    table = torch.full((LETTERS, LETTERS), 1e-9)
+    table[0, LETTERS - 2] = 1.0  # after an `a` comes the end,
+    table[1:, 1] = table[1:, 2] = 0.5  # after anything else a `b` or a `c`
+    module = online(PPOModule, bigram(table / table.sum(1, keepdim=True)), micro_batch_size=1)
+    data = PromptDataModule(["b", "a"] * 3, batch_size=per_process(6, strategy), shuffle=False)
+    return fit(module, data, strategy, max_epochs=2)
+
+
+class Dealt(IterableDataset):
+    """Five prompts, dealt to the processes in turn; Lightning leaves it as it is."""
+
+    def __iter__(self):
+        return iter(PROMPTS[:5][rank() :: world_size()])
+
+
+def of_words(prompts: list[str]) -> PromptBatch:
+    """A batch as a user may make it."""
+    vocabulary = word_tokenizer(LETTERS).get_vocab()
+    tokens, mask = padded([[vocabulary[word] for word in prompt.split()] for prompt in prompts], LETTERS - 1, "left")
+    return PromptBatch(prompt_tokens=tokens, prompt_mask=mask, prompts=list(prompts))
+
+
+def uneven_rows(strategy: str, folder: Path) -> dict[str, Any]:
+    """Three rows on the first process, two on the second."""
+    loader = DataLoader(Dealt(), batch_size=5, collate_fn=of_words)
+    return fit(online(PPOModule, micro_batch_size=2), loader, strategy, max_epochs=2)
+
+
+def filled_up(strategy: str, folder: Path) -> dict[str, Any]:
+    """Five prompts where two processes want as many each."""
+    data = PromptDataModule(PROMPTS[:5], batch_size=2, shuffle=False)
+    return fit(online(PPOModule), data, strategy, max_epochs=1)
+
+
+def plain_loader(strategy: str, folder: Path) -> dict[str, Any]:
+    """A loader of the user's own, which knows of no other process."""
+    loader = DataLoader(PROMPTS, batch_size=4, collate_fn=of_words)
+    return fit(online(PPOModule), loader, strategy, max_epochs=1)
+
+
+class Local(Callback):
+    """Keeps this process's gradients as they are between two micro-batches."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_after_backward(self, trainer, module) -> None:
+        grad = module.policy.value_head.hidden.weight.grad
+        grad = grad.to_local() if hasattr(grad, "to_local") else grad  # of a shard there is a part here
+        self.norms.append(float(grad.norm()))
+
+
+def added_up(strategy: str, folder: Path) -> list[float]:
+    """One update of two micro-batches: the gradient after each."""
+    local = Local()
+    module = online(PPOModule, num_epochs=1, micro_batch_size=2)
+    data = PromptDataModule(PROMPTS, batch_size=4, seed=3)
+    trainer_of(strategy, callbacks=[local], max_epochs=1, limit_train_batches=1).fit(module, datamodule=data)
+    return local.norms
+
+
+def resumed(strategy: str, folder: Path) -> dict[str, Any]:
+    """A run of four iterations, and one that goes on from the middle of its second epoch."""
+    both = []
+    for place in (None, "kept/step=6.ckpt"):
+        keep = ModelCheckpoint(
+            folder / "kept", filename="{step}", save_top_k=-1, every_n_train_steps=2, save_on_train_epoch_end=False
+        )
+        callbacks = [keep] if place is None else []
+        both.append(
+            fit(
+                online(PPOModule, policy_of(2), reward_scaling="running", lr_scheduler="linear"),
+                PromptDataModule(PROMPTS, batch_size=2, seed=3),
+                strategy,
+                ckpt_path=place and folder / place,
+                callbacks=callbacks,
+                enable_checkpointing=place is None,
+                max_epochs=2,
+            )
+        )
+    return {"whole": both[0], "rest": both[1]}
+
+
+def failing(kind: str, strategy: str, folder: Path) -> dict[str, Any]:
+    """A reward that fails in the third iteration, on the second process only."""
+    calls = []
+
+    def judge(prompts, responses):
+        calls.append(responses)
+        scores = early_letters(prompts, responses)
+        if len(calls) == 3 and rank() == 1:
+            if kind == "raises":
+                raise KeyError("answer")
+            scores = scores[:-1] if kind == "too_few" else [scores[0], float("nan"), *scores[2:]]
+        return scores
+
+    keep = ModelCheckpoint(folder, filename="kept", every_n_train_steps=2, enable_version_counter=False)
+    data = PromptDataModule(PROMPTS, batch_size=per_process(8, strategy), seed=3)
+    trainer = trainer_of(strategy, callbacks=[keep], enable_checkpointing=True, max_epochs=5)
+    try:
+        trainer.fit(online(PPOModule, reward=judge), datamodule=data)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    dist.barrier()
+    module = online(PPOModule)
+    trainer = trainer_of(strategy, max_epochs=3)
+    trainer.fit(module, datamodule=PromptDataModule(PROMPTS, batch_size=4, seed=3), ckpt_path=folder / "kept.ckpt")
+    return {
+        "said": said,
+        "second": calls[2][1],
+        "left": sorted(p.name for p in folder.iterdir()),
+        "done": module.iteration,
+    }
+
+
+failing_too_few = functools.partial(failing, "too_few")
+failing_not_a_number = functools.partial(failing, "not_a_number")
+failing_raises = functools.partial(failing, "raises")
+
+SAME = ["ppo", "ppo_hydra", "ppo_loss", "sft", "unlike_lengths", "uneven_rows"]
+"""Cases that come to the same on one process."""
+
+OF_TWO = [
+    "filled_up",
+    "plain_loader",
+    "added_up",
+    "resumed",
+    "failing_too_few",
+    "failing_not_a_number",
+    "failing_raises",
+]
+"""Cases that only processes together have."""

@@ -1,0 +1,156 @@
+"""Two processes under plain DDP, beside one process on the whole batch."""
+
+from itertools import chain, zip_longest
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed import cases
+from tests.distributed.cases import OF_TWO, PROMPTS, SAME, early_letters
+from tests.distributed.spawn import spawned
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What every case came to, on each of two processes."""
+    return spawned("tests.distributed.cases", SAME + OF_TWO, "ddp", tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The same on a process alone, for what can be done there."""
+    return {name: getattr(cases, name)("auto", tmp_path_factory.mktemp(name)) for name in SAME}
+
+
+def dealt(parts):
+    """Rows of two processes in the order in which they were dealt."""
+    return [row for row in chain(*zip_longest(*parts)) if row is not None]
+
+
+def both(two, name):
+    results = two[name]
+    for result in results:
+        assert not isinstance(result, str), result  # what it failed with
+    return results
+
+
+@pytest.mark.invariant(28, 37)
+@pytest.mark.parametrize("name", [name for name in SAME if name != "sft"])
+def test_two_processes_write_what_one_writes_and_every_row_keeps_its_score(one, two, name):
+    first, second = (result["experiences"] for result in both(two, name))
+    alone = one[name]["experiences"]
+    assert len(alone) >= 2
+    for ours, theirs, whole in zip(first, second, alone, strict=True):
+        for field in ("prompts", "tokens", "responses"):
+            assert dealt([ours[field], theirs[field]]) == whole[field]
+        assert dealt([ours["scores"], theirs["scores"]]) == pytest.approx(whole["scores"], abs=1e-6)
+        assert ours["scores"] == pytest.approx(early_letters(ours["prompts"], ours["responses"]), abs=1e-6)
+
+
+@pytest.mark.invariant(30, 37)
+@pytest.mark.parametrize("name", SAME)
+def test_two_processes_come_to_the_gradients_and_weights_of_one(one, two, name):
+    first, second = both(two, name)
+    assert (first["world"], second["world"], one[name]["world"]) == ((0, 2), (1, 2), (0, 1))
+    assert torch.equal(first["weights"], second["weights"])
+    torch.testing.assert_close(first["weights"], one[name]["weights"], rtol=0, atol=1e-5)
+    assert first["norms"] == second["norms"] == pytest.approx(one[name]["norms"], rel=1e-4)
+    assert len(first["norms"]) >= 4
+    assert min(first["norms"]) > 1e-3
+
+
+@pytest.mark.invariant(40)
+@pytest.mark.parametrize("name", SAME)
+def test_two_processes_log_what_one_logs(one, two, name):
+    first, second = both(two, name)
+    assert first["metrics"] == second["metrics"]
+    for ours, whole in zip(first["metrics"], one[name]["metrics"], strict=True):
+        assert ours.keys() == whole.keys()
+        for metric, value in ours.items():
+            assert value == pytest.approx(whole[metric], rel=1e-4, abs=2e-5), metric
+
+
+@pytest.mark.invariant(24)
+@pytest.mark.parametrize("name", ["ppo", "ppo_hydra", "uneven_rows"])
+def test_advantages_are_whitened_over_the_tokens_of_both(one, two, name):
+    first, second = both(two, name)
+    for ours, theirs, whole in zip(first["experiences"], second["experiences"], one[name]["experiences"], strict=True):
+        rows = dealt([ours["advantages"], theirs["advantages"]])
+        for row, expected in zip(rows, whole["advantages"], strict=True):
+            assert row == pytest.approx(expected, abs=1e-4)
+        values = np.concatenate(rows)
+        assert (values.mean(), values.std()) == pytest.approx((0.0, 1.0), abs=1e-5)
+    assert abs(np.concatenate(first["experiences"][0]["advantages"]).mean()) > 1e-2  # on one of them alone
+
+
+@pytest.mark.invariant(27)
+def test_running_moments_are_those_of_the_whole_stream(two):
+    first, second = both(two, "ppo")
+    stream = np.array([score for run in (first, second) for e in run["experiences"] for score in e["scores"]])
+    assert len(stream) == 24
+    for result in (first, second):
+        count, total, squares = result["moments"]
+        assert (count, total, squares) == pytest.approx((24, stream.sum(), (stream**2).sum()), rel=1e-6)
+
+
+@pytest.mark.invariant(38)
+def test_a_process_that_has_done_writing_waits_for_none_and_hangs_none(two):
+    first, second = both(two, "unlike_lengths")
+    for ours, theirs in zip(first["experiences"], second["experiences"], strict=True):
+        assert [len(tokens) for tokens in ours["tokens"]] == [6] * 3
+        assert [len(tokens) for tokens in theirs["tokens"]] == [1] * 3
+
+
+def test_where_rows_do_not_come_out_even_some_are_read_twice(two):
+    first, second = both(two, "filled_up")
+    assert [e["prompts"] for e in first["experiences"]] == [[PROMPTS[0], PROMPTS[2]], [PROMPTS[4]]]
+    assert [e["prompts"] for e in second["experiences"]] == [[PROMPTS[1], PROMPTS[3]], [PROMPTS[0]]]
+
+
+def test_a_plain_loader_is_dealt_to_the_processes(two):
+    first, second = both(two, "plain_loader")
+    read = [e["prompts"] for result in (first, second) for e in result["experiences"]]
+    assert [len(prompts) for prompts in read] == [4, 4]
+    assert sorted(chain(*read)) == sorted(PROMPTS)
+    assert torch.equal(first["weights"], second["weights"])
+
+
+def test_gradients_are_added_up_on_each_process_and_exchanged_once(two):
+    first, second = both(two, "added_up")
+    assert len(first) == len(second) == 2
+    assert first[0] != pytest.approx(second[0], rel=1e-3)
+    assert first[1] == second[1]
+
+
+@pytest.mark.invariant(36)
+def test_a_resumed_run_equals_an_uninterrupted_one(two):
+    for result in both(two, "resumed"):
+        whole, rest = result["whole"], result["rest"]
+        assert len(rest["experiences"]) == 1
+        assert rest["experiences"] == whole["experiences"][3:]
+        assert rest["metrics"] == whole["metrics"][3:]
+        assert rest["moments"] == whole["moments"]
+        assert torch.equal(rest["weights"], whole["weights"])
+
+
+@pytest.mark.invariant(39)
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        ("too_few", "ValueError: `reward` 'judge' returned 3 scores for 4 responses"),
+        ("not_a_number", "ValueError: `reward` 'judge' gave nan for response 1 ("),
+        ("raises", "RuntimeError: `reward` 'judge' raised KeyError: 'answer' (on 4 responses, the first of which is"),
+    ],
+)
+def test_a_reward_that_fails_on_one_process_stops_both_and_the_last_checkpoint_is_whole(two, kind, complaint):
+    first, second = both(two, f"failing_{kind}")
+    assert second["said"].startswith(complaint)
+    assert first["said"].startswith(f"RuntimeError: `reward` 'judge' failed on rank 1: {complaint}")
+    if kind == "not_a_number":
+        assert repr(second["second"]) in first["said"]
+    for result in (first, second):
+        assert result["left"] == ["kept.ckpt"]
+        assert result["done"] == 3
