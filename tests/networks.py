@@ -96,7 +96,9 @@ def bigram(probabilities: Tensor) -> PreTrainedModel:
     config = tiny_gpt2(
         n, width=2 * n, layers=1, tie_word_embeddings=False, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     body = model.transformer
     with torch.no_grad():
         body.wte.weight.copy_(torch.cat([torch.eye(n), -torch.eye(n)], dim=1))

@@ -31,6 +31,7 @@ from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.models.weights import whole_state
 from lightning_rlhf.modules.arguments import given_arguments, plain_arguments, reject_unknown
 from lightning_rlhf.modules.optimization import OptimizerLike, SchedulerLike, make_optimizer, make_scheduler
+from lightning_rlhf.modules.ranks import take_over
 from lightning_rlhf.modules.resuming import STATE, algorithm_of, check_resumable
 from lightning_rlhf.modules.text import TextModule
 from lightning_rlhf.strategies.checkpoint_io import make_checkpoints_atomic, replace_synced
@@ -132,6 +133,8 @@ class RLHFModule(TextModule):
             The model, ready to be called.
         """
         model = spec.load()
+        if not spec.is_named and self._trainer is not None:
+            take_over(model, self._trainer.strategy.root_device)  # an object need not be the same everywhere
         fit_embeddings(model, self.tokenizer)
         if self.disable_dropout:
             self._dropout += disable_dropout(model)

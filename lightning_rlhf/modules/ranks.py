@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def world_size() -> int:
@@ -72,6 +72,22 @@ def agree(error: Exception | None, what: str, rows: int, device: torch.device) -
         where = "; ".join(f"rank {number}: {said[number]}" for number in failed)
         raise RuntimeError(f"{what} failed on {where}")
     return int(states[:, 1].max())
+
+
+@torch.no_grad()
+def take_over(module: nn.Module, device: torch.device) -> None:
+    """Gives a module the weights that it has on the first process; a collective.
+
+    Args:
+        module: Of one kind on all processes.
+        device: On which processes talk.
+    """
+    if world_size() == 1:
+        return
+    for tensor in [*module.parameters(), *module.buffers()]:
+        sent = tensor.detach().to(device)
+        dist.broadcast(sent, src=0)
+        tensor.copy_(sent)
 
 
 def gather_objects(mine: Any) -> list[Any]:

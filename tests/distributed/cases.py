@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoModelForCausalLM
 
 from lightning_rlhf import ConversationDataModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
 from lightning_rlhf.batches import PromptBatch
 from lightning_rlhf.data.tokens import padded
 from lightning_rlhf.models.weights import whole, whole_state
 from lightning_rlhf.modules.ranks import rank, world_size
-from tests.networks import bigram, tiny_gpt2, word_tokenizer
+from tests.networks import bigram, network, tiny_gpt2, word_tokenizer
 from tests.training import Seen, bare_trainer
 
 PROMPTS = ["a b c", "d", "e f", "b a a c", "c", "f e d", "b b", "a"]
@@ -171,6 +172,13 @@ def sft(strategy: str, folder: Path) -> dict[str, Any]:
     return fit(module, data, strategy, accumulate_grad_batches=2, gradient_clip_val=0.5)
 
 
+def unlike_objects(strategy: str, folder: Path) -> dict[str, Any]:
+    """The policy is a model that has other weights on the second process."""
+    model = network(tiny_gpt2(LETTERS, layers=2), seed=rank())
+    data = PromptDataModule(PROMPTS, batch_size=per_process(8, strategy), seed=3)
+    return fit(online(PPOModule, ModelSpec(model)), data, strategy)
+
+
 def unlike_lengths(strategy: str, folder: Path) -> dict[str, Any]:
     """All that the second process writes ends at once, while the first writes on to the limit."""
     table = torch.full((LETTERS, LETTERS), 1e-9)
@@ -256,6 +264,32 @@ def resumed(strategy: str, folder: Path) -> dict[str, Any]:
     return {"whole": both[0], "rest": both[1]}
 
 
+def gathered(strategy: str, folder: Path) -> list[int]:
+    """How often weights are gathered to write one token, three, or six."""
+    module = online(PPOModule)
+    trainer_of(strategy, max_epochs=1).fit(module, datamodule=PromptDataModule(PROMPTS, batch_size=4))
+    counts = []
+    gather = dist.all_gather_single
+    for length in (1, 3, 6):
+        calls: list[int] = []
+        dist.all_gather_single = lambda *args, calls=calls, **more: calls.append(1) or gather(*args, **more)
+        module.generate(["a b"], {"max_new_tokens": length, "min_new_tokens": length})
+        counts.append(len(calls))
+    dist.all_gather_single = gather
+    return counts
+
+
+def exported(strategy: str, folder: Path) -> float:
+    """How far a folder's weights are from those that were sharded."""
+    module = online(PPOModule, policy_of(2))
+    trainer_of(strategy, max_epochs=1).fit(module, datamodule=PromptDataModule(PROMPTS, batch_size=4))
+    module.save_pretrained(folder / "out")
+    dist.barrier()
+    saved = AutoModelForCausalLM.from_pretrained(folder / "out").state_dict()
+    own = whole_state(module.policy.decoder.model)
+    return max(float((saved[name] - weight).abs().max()) for name, weight in own.items())
+
+
 def failing(kind: str, strategy: str, folder: Path) -> dict[str, Any]:
     """A reward that fails in the third iteration, on the second process only."""
     calls = []
@@ -292,16 +326,18 @@ failing_too_few = functools.partial(failing, "too_few")
 failing_not_a_number = functools.partial(failing, "not_a_number")
 failing_raises = functools.partial(failing, "raises")
 
-SAME = ["ppo", "ppo_hydra", "ppo_loss", "sft", "unlike_lengths", "uneven_rows"]
+SAME = ["ppo", "ppo_hydra", "ppo_loss", "sft", "unlike_objects", "unlike_lengths", "uneven_rows"]
 """Cases that come to the same on one process."""
 
 OF_TWO = [
     "filled_up",
     "plain_loader",
-    "added_up",
     "resumed",
     "failing_too_few",
     "failing_not_a_number",
     "failing_raises",
 ]
 """Cases that only processes together have."""
+
+ONLY = {"ddp": ["added_up"], "rlhf_fsdp2": ["gathered", "exported"]}
+"""Cases that only one strategy has."""

@@ -1,4 +1,4 @@
-"""Two processes under plain DDP, beside one process on the whole batch."""
+"""Two processes under plain DDP and under FSDP2, beside one process on the whole batch."""
 
 from itertools import chain, zip_longest
 
@@ -7,16 +7,23 @@ import pytest
 import torch
 
 from tests.distributed import cases
-from tests.distributed.cases import OF_TWO, PROMPTS, SAME, early_letters
+from tests.distributed.cases import OF_TWO, ONLY, PROMPTS, SAME, early_letters
 from tests.distributed.spawn import spawned
 
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="module", params=["ddp", "rlhf_fsdp2"])
+def strategy(request):
+    """What spreads a module over the processes."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(strategy, tmp_path_factory):
     """What every case came to, on each of two processes."""
-    return spawned("tests.distributed.cases", SAME + OF_TWO, "ddp", tmp_path_factory.mktemp("ddp"))
+    names = SAME + OF_TWO + ONLY.get(strategy, [])
+    return spawned("tests.distributed.cases", names, strategy, tmp_path_factory.mktemp(strategy))
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +125,7 @@ def test_a_plain_loader_is_dealt_to_the_processes(two):
     assert torch.equal(first["weights"], second["weights"])
 
 
+@pytest.mark.parametrize("strategy", ["ddp"], indirect=True)
 def test_gradients_are_added_up_on_each_process_and_exchanged_once(two):
     first, second = both(two, "added_up")
     assert len(first) == len(second) == 2
@@ -154,3 +162,17 @@ def test_a_reward_that_fails_on_one_process_stops_both_and_the_last_checkpoint_i
     for result in (first, second):
         assert result["left"] == ["kept.ckpt"]
         assert result["done"] == 3
+
+
+@pytest.mark.invariant(38)
+@pytest.mark.parametrize("strategy", ["rlhf_fsdp2"], indirect=True)
+def test_a_sharded_policy_is_gathered_once_for_all_that_it_writes(two):
+    for gathers in both(two, "gathered"):
+        assert gathers == [4, 4, 4]  # three blocks and the rest, for one token, three or six
+
+
+@pytest.mark.invariant(18)
+@pytest.mark.parametrize("strategy", ["rlhf_fsdp2"], indirect=True)
+def test_a_sharded_policy_is_exported_whole(two):
+    for difference in both(two, "exported"):
+        assert difference == 0.0
