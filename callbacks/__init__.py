@@ -1,5 +1,9 @@
 """Callbacks that watch and steer a run; the algorithms are right without them."""
 
+from lightning_rlhf.callbacks.kl_controller import KLController
 from lightning_rlhf.callbacks.reward_logger import RewardLogger
+from lightning_rlhf.callbacks.rollout_checkpoint import RolloutCheckpoint
+from lightning_rlhf.callbacks.rollout_writer import RolloutWriter
+from lightning_rlhf.callbacks.sample_table import SampleTable
 
-__all__ = ["RewardLogger"]
+__all__ = ["KLController", "RewardLogger", "RolloutCheckpoint", "RolloutWriter", "SampleTable"]

@@ -2,8 +2,16 @@
 
 import functools
 import re
+from datetime import timedelta
 
 import pytest
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import FSDPStrategy
 from torch.optim.lr_scheduler import StepLR
@@ -300,6 +308,40 @@ def test_a_tokenizer_without_pad_works_and_eos_fills():
 def test_flags_that_cannot_reach_updates_by_hand(flags, message):
     with complains(message):
         fit(ppo(reward=no_score), **flags)
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (
+            ModelCheckpoint(train_time_interval=timedelta(minutes=5)),
+            "`ModelCheckpoint(train_time_interval=datetime.timedelta(seconds=300))` would never save PPOModule: use "
+            "`lightning_rlhf.callbacks.RolloutCheckpoint(train_time_interval=...)`.",
+        ),
+        (
+            ModelCheckpoint(every_n_train_steps=10),
+            "`ModelCheckpoint(every_n_train_steps=10)` counts the updates of PPOModule, of which an iteration makes "
+            "many, and would save at those multiples alone at which an iteration happens to end: use "
+            "`lightning_rlhf.callbacks.RolloutCheckpoint(every_n_rollouts=...)`.",
+        ),
+        (
+            GradientAccumulationScheduler({0: 2}),
+            "`GradientAccumulationScheduler` does not work with the updates of PPOModule: give the module a "
+            "`micro_batch_size` smaller than `minibatch_size`.",
+        ),
+        (
+            StochasticWeightAveraging(0.1),
+            "`StochasticWeightAveraging` does not work with the updates of PPOModule: leave it out, and let "
+            "`lr_scheduler` take the learning rate down.",
+        ),
+        (LearningRateFinder(), "`LearningRateFinder` does not work with the updates of PPOModule: leave it out, and"),
+        (BatchSizeFinder(), "`BatchSizeFinder` does not work with the updates of PPOModule: leave it out: memory"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_callbacks_of_lightnings_that_take_a_batch_for_an_update(callback, message):
+    with complains(message):
+        fit(ppo(reward=no_score), callbacks=[callback], enable_checkpointing=isinstance(callback, ModelCheckpoint))
 
 
 @pytest.mark.parametrize("make", [ppo, lambda: SFTModule(tiny_gpt2(), tokenizer=word_tokenizer())], ids=["PPO", "SFT"])

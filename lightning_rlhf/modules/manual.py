@@ -24,10 +24,10 @@ from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.minibatches import Minibatch, MinibatchPlan
 from lightning_rlhf.modules.ranks import rank, sum_over_ranks
 from lightning_rlhf.modules.report import Report
+from lightning_rlhf.modules.trainer_checks import check_callbacks, check_flags
 
 _WRONG_ADVICE = (
     "The number of training batches .* is smaller than the logging interval",  # every iteration is logged
-    "Using ModelCheckpoint with manual optimization and every_n_train_steps",  # what follows the updates is wanted
 )
 """What Lightning warns of that does not hold for these modules."""
 
@@ -220,18 +220,9 @@ class ManualModule(RLHFModule):
         return min(1.0, max(shares))
 
     def configure_callbacks(self) -> list[Callback]:
-        """Refuses flags of the Trainer that cannot work with updates by hand, and says what to use instead."""
-        trainer = self.trainer
-        if trainer.gradient_clip_val is not None:
-            raise ValueError(
-                f"`Trainer(gradient_clip_val={trainer.gradient_clip_val})` does not reach the updates of "
-                f"{type(self).__name__}: give it `max_grad_norm={trainer.gradient_clip_val}` instead."
-            )
-        if trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                f"`Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches})` does not reach the updates of "
-                f"{type(self).__name__}: give it a `micro_batch_size` smaller than `minibatch_size` instead."
-            )
+        """Refuses what of the Trainer cannot work with updates by hand, and says what to use instead."""
+        check_flags(self.trainer, type(self).__name__)
+        check_callbacks(self.trainer, type(self).__name__)
         for advice in _WRONG_ADVICE:
             warnings.filterwarnings("ignore", message=advice)
         return super().configure_callbacks()

@@ -98,16 +98,16 @@ class OnlineModule(ManualModule):
         """One iteration."""
         started = time.perf_counter()
         self._began = {**self._state(), "updates": self.trainer.global_step}
-        with self.report.timed("time/generate"):
+        with self.report.phase("generate", self.trainer):
             rollouts = self.rollout(prompts)
-        with self.report.timed("time/score"):
+        with self.report.phase("score", self.trainer):
             scores = self.score(rollouts)
         experience = self.experience(rollouts, scores)
         self.report.observe(experience, self.special_tokens.eos)
         if experience.ref_logprobs is not None:
             self.report.add("kl/coef", torch.tensor(self.kl_coef, dtype=torch.float64))
         self.call_callbacks("on_experience", experience)
-        with self.report.timed("time/update"):
+        with self.report.phase("update", self.trainer):
             for minibatch in self.minibatches(experience):
                 self.update(minibatch)
         self.report.send(self, self.iteration, experience.response_mask.sum(), time.perf_counter() - started)

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from lightning_rlhf.batches import Experience
 from lightning_rlhf.functional.kl import k1
@@ -19,20 +20,26 @@ from lightning_rlhf.modules.ranks import sum_over_ranks
 SHOWN = ("reward/mean", "kl/sequence", "speed/tokens_per_second")
 """What the progress bar shows."""
 
+WIDEST = len("generate")
+"""Letters of the longest phase, so that a bar keeps its width."""
+
 
 class Report(Meter):
     """The statistics of an iteration under the names that are logged."""
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds that a block took.
+    def phase(self, name: str, trainer: L.Trainer) -> Iterator[None]:
+        """Times a part of an iteration, and lets the progress bar say that it is under way.
 
         Args:
-            name: Such as ``"time/score"``.
+            name: Such as ``"score"``, which is logged as ``time/score``.
+            trainer: Whose bar it is.
         """
         started = time.perf_counter()
+        show_phase(trainer, name)
         yield
-        self.add(name, torch.tensor(time.perf_counter() - started, dtype=torch.float64))
+        show_phase(trainer, "")
+        self.add(f"time/{name}", torch.tensor(time.perf_counter() - started, dtype=torch.float64))
 
     def observe(self, experience: Experience, eos: tuple[int, ...]) -> None:
         """Adds what can be said before the updates.
@@ -78,3 +85,22 @@ class Report(Meter):
         shown = {name: metrics.pop(name) for name in SHOWN if name in metrics}
         module.log_dict(metrics, logger=False, batch_size=1)
         module.log_dict(shown, logger=False, prog_bar=True, batch_size=1)
+
+
+def show_phase(trainer: L.Trainer, phase: str) -> None:
+    """Writes what is going on beside the epoch, on either of Lightning's progress bars; another bar is left alone.
+
+    Args:
+        trainer: Whose bar it is.
+        phase: A word, or nothing.
+    """
+    bar = trainer.progress_bar_callback
+    if bar is None or not getattr(bar, "is_enabled", False):
+        return
+    last = f"/{trainer.max_epochs - 1}" if (trainer.max_epochs or 0) > 0 else ""
+    description = f"Epoch {trainer.current_epoch}{last} {phase:{WIDEST}}"
+    if isinstance(bar, TQDMProgressBar):
+        bar.train_progress_bar.set_description(description)
+    elif isinstance(bar, RichProgressBar) and bar.progress is not None and bar.train_progress_bar_id is not None:
+        bar.progress.update(bar.train_progress_bar_id, description=description)
+        bar.refresh()

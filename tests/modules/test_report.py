@@ -147,9 +147,9 @@ def test_tokens_of_all_ranks_make_the_speed(monkeypatch):
     assert logged[0][0]["speed/tokens_per_second"] == 30.0
 
 
-def test_a_block_is_timed():
-    report = Report()
+def test_a_phase_is_timed():
+    report, trainer = Report(), SimpleNamespace(progress_bar_callback=None)
     for seconds in (0.02, 0.04):
-        with report.timed("time/score"):
+        with report.phase("score", trainer):
             time.sleep(seconds)
     assert 0.03 <= report.reduce()["time/score"].mean < 0.3
