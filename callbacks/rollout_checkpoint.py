@@ -115,7 +115,7 @@ class RolloutCheckpoint(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         """Saves if it is due; the iteration that has just ended is counted."""
-        if not trainer.fast_dev_run and self._is_due(trainer, pl_module.iteration):
+        if not trainer.fast_dev_run and self._is_due(trainer, pl_module.iteration):  # type: ignore[attr-defined]
             self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -97,7 +97,8 @@ def show_phase(trainer: L.Trainer, phase: str) -> None:
     bar = trainer.progress_bar_callback
     if bar is None or not getattr(bar, "is_enabled", False):
         return
-    last = f"/{trainer.max_epochs - 1}" if (trainer.max_epochs or 0) > 0 else ""
+    epochs = trainer.max_epochs or 0
+    last = f"/{epochs - 1}" if epochs > 0 else ""
     description = f"Epoch {trainer.current_epoch}{last} {phase:{WIDEST}}"
     if isinstance(bar, TQDMProgressBar):
         bar.train_progress_bar.set_description(description)

@@ -9,8 +9,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_rlhf import PPOModule
 from lightning_rlhf.callbacks import RewardLogger
-from lightning_rlhf.callbacks.reward_logger import gather_rows, log_distribution
-from tests.training import fit, module_of, share_of_early_letters
+from lightning_rlhf.callbacks.reward_logger import gather_rows, group_means, group_sums, log_distribution
+from tests.training import PROMPTS, fit, module_of, share_of_early_letters
 
 
 def words_after_early_prompts(prompts, responses):
@@ -126,3 +126,60 @@ def test_a_single_score_has_no_spread(tmp_path):
 def test_it_cannot_log_every_zero_iterations(number):
     with pytest.raises(ValueError, match=f"`every_n_iterations={number}` must be at least 1"):
         RewardLogger(every_n_iterations=number)
+
+
+ROWS = [{"prompt": prompt, "task": task} for prompt, task in zip(PROMPTS, "xyxyxx", strict=True)]
+
+
+def test_every_group_of_the_metadata_has_a_mean_of_its_own(tmp_path):
+    rewards = [share_of_early_letters, (words_after_early_prompts, 0.5)]
+    seen = fit(
+        module_of(PPOModule, reward=rewards),
+        iterations=2,
+        prompts=ROWS,
+        logger=CSVLogger(tmp_path, name="", version=""),
+        callbacks=[RewardLogger(group_by="task")],
+    )
+    logged = logged_in(tmp_path)
+    for iteration, experience in enumerate(seen.experiences):
+        groups = {"x": [], "y": []}
+        for i, task in enumerate(experience.metadata["task"]):
+            groups[task].append(i)
+        assert len(groups["x"]) == 4
+        for name, scores in {"total": experience.scores.total, **experience.scores.by_name}.items():
+            for task, rows in groups.items():
+                expected = np.nanmean(scores[rows].double().numpy())
+                assert logged[f"reward/{name}/task/{task}", iteration] == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.invariant(40)
+def test_groups_of_all_processes_count_together_response_by_response():
+    here = group_sums({"cats": torch.tensor([1.0, 2.0, 6.0, float("nan")])}, ["x", "x", 3, 3])
+    there = group_sums({"cats": torch.tensor([9.0, 5.0])}, ["x", None])
+    assert group_means([here, there]) == {("cats", "x"): 4.0, ("cats", "3"): 6.0, ("cats", "None"): 5.0}
+    assert list(group_means([there, here])) == [("cats", "3"), ("cats", "None"), ("cats", "x")]
+
+
+def test_a_key_that_the_rows_do_not_have(tmp_path):
+    with pytest.raises(ValueError, match=r"`group_by='tsak'` is no key of the prompts' rows: \['task'\] are"):
+        fit(
+            module_of(PPOModule),
+            prompts=ROWS,
+            logger=CSVLogger(tmp_path, name="", version=""),
+            callbacks=[RewardLogger(group_by="tsak")],
+        )
+
+
+def test_a_key_with_a_value_of_its_own_for_every_row_is_probably_a_mistake(tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr("lightning_rlhf.callbacks.reward_logger.rank_zero_warn", warned.append)
+    monkeypatch.setattr("lightning_rlhf.callbacks.reward_logger.MANY_GROUPS", 3)
+    fit(
+        module_of(PPOModule),
+        iterations=2,
+        prompts=[{"prompt": prompt, "task": i} for i, prompt in enumerate(PROMPTS)],
+        logger=CSVLogger(tmp_path, name="", version=""),
+        callbacks=[RewardLogger(group_by="task")],
+    )
+    assert len(warned) == 1
+    assert warned[0].startswith("`group_by='task'` has more than 3 values in an iteration")
