@@ -65,6 +65,8 @@ setup(
             "pytest-timeout>=2.3",
             "ruff>=0.12",
             "setuptools>=77",
+            "wandb>=0.19",
         ],
+        "wandb": ["wandb>=0.19"],
     },
 )
