@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_rlhf.batches import Experience
 from lightning_rlhf.callbacks.due import DueCallback
-from lightning_rlhf.modules.ranks import gather_over_ranks, objects_of_ranks
+from lightning_rlhf.modules.ranks import gather_objects, gather_over_ranks
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """What stands for a histogram where a logger has none."""
@@ -66,7 +66,7 @@ class RewardLogger(DueCallback):
         self, trainer: L.Trainer, scores_by_name: dict[str, Tensor], metadata: dict[str, list[Any]], iteration: int
     ) -> None:
         values = metadata.get(str(self.group_by))
-        of_ranks = objects_of_ranks(None if values is None else group_sums(scores_by_name, values))
+        of_ranks = gather_objects(None if values is None else group_sums(scores_by_name, values))
         if any(sums is None for sums in of_ranks):
             raise ValueError(f"`group_by={self.group_by!r}` is no key of the prompts' rows: {sorted(metadata)} are.")
         means = group_means(of_ranks)

@@ -319,12 +319,6 @@ def test_flags_that_cannot_reach_updates_by_hand(flags, message):
             "`lightning_rlhf.callbacks.RolloutCheckpoint(train_time_interval=...)`.",
         ),
         (
-            ModelCheckpoint(every_n_train_steps=10),
-            "`ModelCheckpoint(every_n_train_steps=10)` counts the updates of PPOModule, of which an iteration makes "
-            "many, and would save at those multiples alone at which an iteration happens to end: use "
-            "`lightning_rlhf.callbacks.RolloutCheckpoint(every_n_rollouts=...)`.",
-        ),
-        (
             GradientAccumulationScheduler({0: 2}),
             "`GradientAccumulationScheduler` does not work with the updates of PPOModule: give the module a "
             "`micro_batch_size` smaller than `minibatch_size`.",

@@ -24,10 +24,11 @@ from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.minibatches import Minibatch, MinibatchPlan
 from lightning_rlhf.modules.ranks import rank, sum_over_ranks
 from lightning_rlhf.modules.report import Report
-from lightning_rlhf.modules.trainer_checks import check_callbacks, check_flags
+from lightning_rlhf.modules.trainer_checks import check_callbacks, check_flags, warn_of_missed_checkpoints
 
 _WRONG_ADVICE = (
     "The number of training batches .* is smaller than the logging interval",  # every iteration is logged
+    "Using ModelCheckpoint with manual optimization and every_n_train_steps",  # what follows the updates is wanted
 )
 """What Lightning warns of that does not hold for these modules."""
 
@@ -218,6 +219,15 @@ class ManualModule(RLHFModule):
         if trainer.max_steps > 0:
             shares.append(trainer.global_step / trainer.max_steps)
         return min(1.0, max(shares))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Remembers how many updates there were."""
+        super().on_train_batch_start(batch, batch_idx)
+        self._updates_before = self.trainer.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Looks whether a checkpoint was missed within the iteration."""
+        warn_of_missed_checkpoints(self.trainer, type(self).__name__, self._updates_before)
 
     def configure_callbacks(self) -> list[Callback]:
         """Refuses what of the Trainer cannot work with updates by hand, and says what to use instead."""

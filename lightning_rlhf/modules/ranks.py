@@ -48,22 +48,6 @@ def gather_over_ranks(tensor: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
-def objects_of_ranks(mine: Any) -> list[Any]:
-    """Collects what can be pickled from all processes; a collective.
-
-    Args:
-        mine: Of this process.
-
-    Returns:
-        One a process, on all.
-    """
-    if not _is_distributed():
-        return [mine]
-    objects = [None] * world_size()
-    dist.all_gather_object(objects, mine)
-    return objects
-
-
 def agree(error: Exception | None, what: str, rows: int, device: torch.device) -> int:
     """Raises on all processes if one of them has an error, so that none waits for another; a collective.
 

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.utilities import rank_zero_warn
 
 _REMEDIES: dict[type[Callback], str] = {
     GradientAccumulationScheduler: "give the module a `micro_batch_size` smaller than `minibatch_size`",
@@ -57,16 +58,28 @@ def check_callbacks(trainer: L.Trainer, module: str) -> None:
         for kind, remedy in _REMEDIES.items():
             if isinstance(callback, kind):
                 raise ValueError(f"`{kind.__name__}` does not work with the updates of {module}: {remedy}.")
-        if not isinstance(callback, ModelCheckpoint):
-            continue
-        if callback._train_time_interval is not None:
+        if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
             raise ValueError(
                 f"`ModelCheckpoint(train_time_interval={callback._train_time_interval!r})` would never save {module}: "
                 "use `lightning_rlhf.callbacks.RolloutCheckpoint(train_time_interval=...)`."
             )
-        if callback._every_n_train_steps:
-            raise ValueError(
-                f"`ModelCheckpoint(every_n_train_steps={callback._every_n_train_steps})` counts the updates of "
-                f"{module}, of which an iteration makes many, and would save at those multiples alone at which an "
-                "iteration happens to end: use `lightning_rlhf.callbacks.RolloutCheckpoint(every_n_rollouts=...)`."
+
+
+def warn_of_missed_checkpoints(trainer: L.Trainer, module: str, updates_before: int) -> None:
+    """Says so where Lightning's ``ModelCheckpoint`` was due within an iteration and looks after it only.
+
+    Args:
+        trainer: Whose callbacks they are.
+        module: The name of the module's class.
+        updates_before: That were made before the iteration.
+    """
+    updates = trainer.global_step
+    for callback in trainer.checkpoint_callbacks:
+        every = getattr(callback, "_every_n_train_steps", 0)
+        if every and updates % every and updates // every > updates_before // every:
+            rank_zero_warn(
+                f"`ModelCheckpoint(every_n_train_steps={every})` missed a checkpoint: it counts the updates of "
+                f"{module} and looks after an iteration, which makes several, so that it saves only where their number "
+                "is then a multiple. Use `lightning_rlhf.callbacks.RolloutCheckpoint(every_n_rollouts=...)`, which "
+                "counts iterations."
             )

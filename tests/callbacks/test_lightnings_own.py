@@ -63,6 +63,21 @@ def test_model_checkpoint_saves_every_so_many_epochs(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step=4.ckpt", "step=8.ckpt"]
 
 
+@pytest.mark.parametrize(("every", "saved", "missed"), [(1, [2, 4, 6], 0), (4, [4], 0), (3, [6], 1), (5, [], 1)])
+def test_model_checkpoint_misses_multiples_within_an_iteration_and_the_module_says_so(
+    tmp_path, monkeypatch, every, saved, missed
+):
+    warned = []
+    monkeypatch.setattr("lightning_rlhf.modules.trainer_checks.rank_zero_warn", warned.append)
+    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=every, save_on_train_epoch_end=False)
+    fit(ppo(), iterations=3, callbacks=[keep], enable_checkpointing=True)  # which end after 2, 4 and 6 updates
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step={step}.ckpt" for step in saved]
+    assert len(warned) == missed
+    for message in warned:
+        assert message.startswith(f"`ModelCheckpoint(every_n_train_steps={every})` missed a checkpoint: it counts the")
+        assert "Use `lightning_rlhf.callbacks.RolloutCheckpoint(every_n_rollouts=...)`" in message
+
+
 @pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model", "ignore:.*no last checkpoint")
 def test_the_checkpoint_of_an_exception_is_written(tmp_path):
     class StopError(Exception):

@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import socket
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,50 +10,51 @@ from transformers import AutoModelForCausalLM
 
 from lightning_rlhf import PPOModule, PromptDataModule
 from lightning_rlhf.callbacks import KLController, RewardLogger, RolloutCheckpoint, RolloutWriter, SampleTable
+from tests.distributed.spawn import spawned
 from tests.training import bare_trainer, module_of
 
 ROWS = [{"prompt": prompt, "task": task} for prompt, task in zip("abcdefgh", "xxyxyyyx", strict=True)]
 TARGET, HORIZON = 0.5, 200
 
 
-def train(folder, world_size):
-    """Three iterations of eight prompts, two responses each; writes what the callbacks make of them."""
-    module = module_of(PPOModule, responses_per_prompt=2, minibatch_size=16, kl_coef=0.1, max_grad_norm=None, seed=3)
-    callbacks = [
-        KLController(TARGET, HORIZON),
-        RewardLogger(group_by="task"),
-        RolloutWriter(folder),
-        SampleTable(every_n_iterations=1, num_rows=1),
-        RolloutCheckpoint(folder / "kept", every_n_rollouts=1, monitor="reward/mean", save_top_k=2, save_last=True),
-    ]
-    flags = {"strategy": "ddp", "devices": world_size} if world_size > 1 else {}
-    logger = CSVLogger(folder, name="", version="")
-    trainer = bare_trainer(max_epochs=3, callbacks=callbacks, logger=logger, enable_checkpointing=True, **flags)
-    trainer.fit(module, datamodule=PromptDataModule(ROWS, batch_size=8 // world_size, seed=3))
-    (folder / f"kl-{trainer.global_rank}.json").write_text(json.dumps(module.kl_coef))
+def train(strategy, folder):
+    """Three iterations of eight prompts, two responses each; leaves what the callbacks make of them in the folder.
 
-
-def one_of_two(number, folder, port):
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "LOCAL_RANK": str(number),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": "2",
-    }
-    torch.set_num_threads(1)
-    train(Path(folder), 2)
+    Returns:
+        The price of divergence at the end.
+    """
+    devices = 1 if strategy == "auto" else 2
+    module = module_of(PPOModule, responses_per_prompt=2, minibatch_size=16, kl_coef=0.1, seed=3)
+    trainer = bare_trainer(
+        max_epochs=3,
+        strategy=strategy,
+        devices=devices,
+        logger=CSVLogger(folder, name="", version=""),
+        enable_checkpointing=True,
+        callbacks=[
+            KLController(TARGET, HORIZON),
+            RewardLogger(group_by="task"),
+            RolloutWriter(folder),
+            SampleTable(every_n_iterations=1, num_rows=1),
+            RolloutCheckpoint(folder / "kept", every_n_rollouts=1, monitor="reward/mean", save_top_k=2, save_last=True),
+        ],
+    )
+    trainer.fit(module, datamodule=PromptDataModule(ROWS, batch_size=8 // devices, seed=3))
+    return module.kl_coef
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def runs(tmp_path_factory):
+    """The folders of one process and of two, and the prices that they ended with."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    train(one, 1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (str(two), port), nprocs=2)
-    return one, two
+    of_two = spawned("tests.callbacks.test_two_processes", ["train"], "ddp", two)["train"]
+    assert not any(isinstance(price, str) for price in of_two), of_two
+    return (one, two / "train"), [train("auto", one), *of_two]
+
+
+@pytest.fixture
+def folders(runs):
+    return runs[0]
 
 
 def numbers(folder):
@@ -72,9 +70,9 @@ def written(folder):
 
 @pytest.mark.slow
 @pytest.mark.invariant(26, 37)
-def test_the_price_of_divergence_counts_the_responses_of_all(folders):
-    one, two = folders
-    prices = [json.loads((folder / f"kl-{rank}.json").read_text()) for folder, rank in ((one, 0), (two, 0), (two, 1))]
+def test_the_price_of_divergence_counts_the_responses_of_all(runs):
+    (_, two), prices = runs
+    assert len(prices) == 3
     assert prices == pytest.approx([prices[0]] * 3, rel=1e-6)
     logged = numbers(two)
     expected = 0.1

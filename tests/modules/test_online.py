@@ -3,12 +3,11 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_rlhf import PPOModule, PromptDataModule
 from lightning_rlhf.batches import PromptBatch
-from lightning_rlhf.callbacks import RolloutCheckpoint
 from lightning_rlhf.data.tokens import padded
 from lightning_rlhf.models.reference import fingerprint
 from tests.networks import PAD, network, tiny_gpt2, word_tokenizer
@@ -205,7 +204,7 @@ def explode(scores):
     ],
 )
 def test_a_reward_that_fails_stops_the_run_and_leaves_its_last_checkpoint_whole(tmp_path, failure, error, complaint):
-    keep = RolloutCheckpoint(tmp_path, "kept", every_n_rollouts=1, save_policy=False)
+    keep = ModelCheckpoint(tmp_path, filename="kept", every_n_train_steps=8, save_on_train_epoch_end=False)
     module = ppo(reward=fails_at(3, failure))
     trainer = bare_trainer(max_epochs=5, callbacks=[keep], enable_checkpointing=True)
     with pytest.raises(error, match=complaint):

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_rlhf import PPOModule, PromptDataModule
-from lightning_rlhf.callbacks import RolloutCheckpoint
 from lightning_rlhf.models.reference import fingerprint
 from tests.networks import ARCHITECTURES, EOS, USUAL, network, tiny_gpt2
 from tests.training import PROMPTS, Seen, bare_trainer, fit, module_of, share_of_early_letters, weights
@@ -199,15 +199,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     arguments = {"reward_scaling": "running", "lr_scheduler": "linear", "optimizer": None, "seed": 5}
     data = {"prompts": PROMPTS * 4, "batch_size": 6, "seed": 5}
     whole, resumed = Seen(), Seen()
-    keep = RolloutCheckpoint(tmp_path, "{step}", every_n_rollouts=1, save_top_k=-1)
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=8, save_on_train_epoch_end=False)
     first = module_of(PPOModule, **arguments)
     trainer = bare_trainer(max_epochs=2, callbacks=[keep, whole], enable_checkpointing=True)
     trainer.fit(first, datamodule=PromptDataModule(**data))
-    middle = sorted(tmp_path.glob("step=24.ckpt"))  # after 3 of the first epoch's 4 iterations
+    middle = sorted(tmp_path.glob("*step=24.ckpt"))  # after 3 of the first epoch's 4 iterations
     assert len(middle) == 1
 
     second = module_of(PPOModule, **arguments)
-    keep = RolloutCheckpoint(tmp_path, "{step}", every_n_rollouts=1, save_top_k=-1)
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=8, save_on_train_epoch_end=False)
     trainer = bare_trainer(max_epochs=2, callbacks=[keep, resumed], enable_checkpointing=True)
     trainer.fit(second, datamodule=PromptDataModule(**data), ckpt_path=middle[0])
     assert len(whole.metrics) == 8
