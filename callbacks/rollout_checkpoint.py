@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_rlhf.strategies.checkpoint_io import replace_folder
+from lightning_rlhf.strategies.fsdp2 import RLHFStrategy
 
 _UNFINISHED = ".policy-unfinished"
 """How the names of folders end that are being written or removed; they begin with a dot."""
@@ -105,12 +106,13 @@ class RolloutCheckpoint(ModelCheckpoint):
                 f"`dirpath={str(self.dirpath)!r}` is no local folder, which a policy is written to: set "
                 "`save_policy=False`, or write locally."
             )
-        if self.save_last is True and getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+        sharded = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
+        if self.save_last is True and sharded and not isinstance(trainer.strategy, RLHFStrategy):
             raise ValueError(
-                "`save_last=True` would write a sharded checkpoint over the last one, file by file: use "
-                "`save_last='link'`."
+                "`save_last=True` would write a sharded checkpoint over the last one, file by file, under "
+                f"{type(trainer.strategy).__name__}: use `save_last='link'`, or `Trainer(strategy='rlhf_fsdp2')`."
             )
-        if self.save_policy and trainer.is_global_zero:
+        if "://" not in str(self.dirpath) and trainer.is_global_zero:
             tidy(Path(str(self.dirpath)))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
@@ -209,7 +211,8 @@ def tidy(folder: Path) -> None:
             shutil.rmtree(unfinished)
     for old in folder.glob("*.old"):
         place = old.with_suffix("")
-        if not place.exists() and Path(f"{place}{ModelCheckpoint.FILE_EXTENSION}").exists():
+        ending = ModelCheckpoint.FILE_EXTENSION
+        if not place.exists() and (place.suffix == ending or Path(f"{place}{ending}").exists()):
             os.replace(old, place)
 
 

@@ -232,14 +232,21 @@ def test_wherever_a_run_is_killed_every_checkpoint_is_whole_and_has_its_whole_fo
 
 
 def test_what_a_killed_run_was_about_to_replace_is_put_back_and_nothing_of_others_is_touched(tmp_path):
-    for name in ("last.old", ".last.policy-unfinished", "..x.policy-unfinished.ab", "mine.old", ".hidden.tmp"):
+    for name in (
+        "last.old",
+        "sharded.ckpt.old",
+        ".last.policy-unfinished",
+        "..x.policy-unfinished.ab",
+        "mine.old",
+        ".hidden.tmp",
+    ):
         (tmp_path / name).mkdir()
     (tmp_path / "last.ckpt").touch()
     tidy(tmp_path)
-    assert names(tmp_path) == [".hidden.tmp", "last", "last.ckpt", "mine.old"]
+    assert names(tmp_path) == [".hidden.tmp", "last", "last.ckpt", "mine.old", "sharded.ckpt"]
     (tmp_path / "last.old").mkdir()
     tidy(tmp_path)
-    assert names(tmp_path) == [".hidden.tmp", "last", "last.ckpt", "last.old", "mine.old"]
+    assert names(tmp_path) == [".hidden.tmp", "last", "last.ckpt", "last.old", "mine.old", "sharded.ckpt"]
 
 
 def test_nothing_is_saved_in_a_development_run(tmp_path):
