@@ -152,6 +152,10 @@ def test_lines_are_cut_where_an_iteration_begins(tmp_path):
         path.write_text("".join(lines))
         cut(path, first)
         assert path.read_text() == "".join(lines[:kept])
+    for left in (1, 5):
+        path.write_text("".join(lines)[:-left])
+        cut(path, 5)
+        assert path.read_text() == "".join(lines[:4])
 
 
 @pytest.mark.invariant(39)
