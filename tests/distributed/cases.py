@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM
 
-from lightning_rlhf import ConversationDataModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
+from lightning_rlhf import ConversationDataModule, GRPOModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
 from lightning_rlhf.batches import PromptBatch
 from lightning_rlhf.data.tokens import padded
 from lightning_rlhf.models.weights import whole, whole_state
@@ -60,6 +60,11 @@ ALGORITHMS: dict[str, Any] = {
     "ppo": functools.partial(online, PPOModule, reward_scaling="running", micro_batch_size=1),
     "ppo_hydra": lambda **more: online(PPOModule, policy_of(2), reward_scaling="running", **more),
     "ppo_loss": functools.partial(online, PPOModule, kl_in="loss", kl_estimator="k2", averaging="responses"),
+    "grpo": functools.partial(online, GRPOModule, group_size=3, micro_batch_size=2),
+    # Scores of two or three values: in many groups all are equal, and nothing else has a gradient.
+    "grpo_silent": functools.partial(
+        online, GRPOModule, group_size=2, kl_coef=0.0, reward_clip=0.01, averaging="tokens", micro_batch_size=1
+    ),
 }
 
 
@@ -144,6 +149,8 @@ def learns(name: str, strategy: str, folder: Path) -> dict[str, Any]:
 ppo = functools.partial(learns, "ppo")
 ppo_hydra = functools.partial(learns, "ppo_hydra")
 ppo_loss = functools.partial(learns, "ppo_loss")
+grpo = functools.partial(learns, "grpo")
+grpo_silent = functools.partial(learns, "grpo_silent")
 
 
 def sft(strategy: str, folder: Path) -> dict[str, Any]:
@@ -326,7 +333,7 @@ failing_too_few = functools.partial(failing, "too_few")
 failing_not_a_number = functools.partial(failing, "not_a_number")
 failing_raises = functools.partial(failing, "raises")
 
-SAME = ["ppo", "ppo_hydra", "ppo_loss", "sft", "unlike_objects", "unlike_lengths", "uneven_rows"]
+SAME = ["ppo", "ppo_hydra", "ppo_loss", "grpo", "grpo_silent", "sft", "unlike_objects", "unlike_lengths", "uneven_rows"]
 """Cases that come to the same on one process."""
 
 OF_TWO = [

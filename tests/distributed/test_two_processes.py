@@ -32,9 +32,13 @@ def one(tmp_path_factory):
     return {name: getattr(cases, name)("auto", tmp_path_factory.mktemp(name)) for name in SAME}
 
 
-def dealt(parts):
+GROUP = {"grpo": 3, "grpo_silent": 2}  # rows that are dealt together; one by default
+
+
+def dealt(parts, group=1):
     """Rows of two processes in the order in which they were dealt."""
-    return [row for row in chain(*zip_longest(*parts)) if row is not None]
+    parts = [[rows[i : i + group] for i in range(0, len(rows), group)] for rows in parts]
+    return [row for rows in chain(*zip_longest(*parts, fillvalue=[])) for row in rows]
 
 
 def both(two, name):
@@ -52,8 +56,8 @@ def test_two_processes_write_what_one_writes_and_every_row_keeps_its_score(one, 
     assert len(alone) >= 2
     for ours, theirs, whole in zip(first, second, alone, strict=True):
         for field in ("prompts", "tokens", "responses"):
-            assert dealt([ours[field], theirs[field]]) == whole[field]
-        assert dealt([ours["scores"], theirs["scores"]]) == pytest.approx(whole["scores"], abs=1e-6)
+            assert dealt([ours[field], theirs[field]], GROUP.get(name, 1)) == whole[field]
+        assert dealt([ours["scores"], theirs["scores"]], GROUP.get(name, 1)) == pytest.approx(whole["scores"], abs=1e-6)
         assert ours["scores"] == pytest.approx(early_letters(ours["prompts"], ours["responses"]), abs=1e-6)
 
 
@@ -91,6 +95,17 @@ def test_advantages_are_whitened_over_the_tokens_of_both(one, two, name):
         values = np.concatenate(rows)
         assert (values.mean(), values.std()) == pytest.approx((0.0, 1.0), abs=1e-5)
     assert abs(np.concatenate(first["experiences"][0]["advantages"]).mean()) > 1e-2  # on one of them alone
+
+
+@pytest.mark.invariant(25, 30)
+def test_processes_leave_out_unlike_numbers_of_rows_without_a_signal(two):
+    """Of which the weights above know nothing."""
+    numbers = [
+        [sum(not any(row) for row in experience["advantages"]) for experience in result["experiences"]]
+        for result in both(two, "grpo_silent")
+    ]
+    assert all(map(sum, numbers))
+    assert numbers[0] != numbers[1]
 
 
 @pytest.mark.invariant(27)
