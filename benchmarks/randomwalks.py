@@ -24,9 +24,17 @@ from rich.table import Table
 
 from benchmarks import plain_ppo
 from lightning_rlhf.examples.randomwalks.task import RandomWalks
-from lightning_rlhf.examples.randomwalks.training import OWN, TRLX, Recipe, ppo
+from lightning_rlhf.examples.randomwalks.training import OWN, TRLX, Recipe, learn
 
 Run = Callable[[Path, int], tuple[transformers.PreTrainedModel, float]]
+
+
+def warm_start(task: RandomWalks, folder: Path, seed: int) -> transformers.GPT2LMHeadModel:
+    """What every run of a seed starts from, and leaves it in a folder."""
+    model = plain_ppo.warm_start(task, seed)
+    model.save_pretrained(folder)
+    task.tokenizer().save_pretrained(folder)
+    return model
 
 
 def plain(task: RandomWalks) -> Run:
@@ -46,7 +54,7 @@ def ours(task: RandomWalks, recipe: Recipe) -> Run:
 
     def run(start: Path, seed: int) -> tuple[transformers.PreTrainedModel, float]:
         started = time.perf_counter()
-        module, _ = ppo(task, start, seed, recipe, logger=False, enable_progress_bar=False)
+        module, _ = learn(task, start, seed, recipe, logger=False, enable_progress_bar=False)
         return module.policy.decoder.model.eval(), time.perf_counter() - started
 
     return run
@@ -89,9 +97,7 @@ def main(args: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in options.seeds:
             start = Path(folder) / str(seed)
-            model = plain_ppo.warm_start(task, seed)
-            model.save_pretrained(start)
-            task.tokenizer().save_pretrained(start)
+            model = warm_start(task, start, seed)
             befores.append(plain_ppo.evaluate(model, task)[0])
             results = []
             for name, run in runs.items():

@@ -1,4 +1,4 @@
-"""From random walks to shortest ones in a minute or two on a laptop: imitation, PPO, a table and a curve."""
+"""From random walks to shortest ones in a minute or two on a laptop: imitation, PPO or GRPO, a table and a curve."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from rich.table import Table
 from lightning_rlhf import SFTModule
 from lightning_rlhf.callbacks import RewardLogger
 from lightning_rlhf.examples.randomwalks.task import RandomWalks
-from lightning_rlhf.examples.randomwalks.training import OWN, evaluate, ppo, warm_start
+from lightning_rlhf.examples.randomwalks.training import RECIPES, Recipe, evaluate, learn, warm_start
 
 
-def plot(rewards: list[float], floor: float, path: Path) -> None:
+def plot(rewards: list[float], recipe: Recipe, floor: float, path: Path) -> None:
     """Draws the curve of the mean reward, between what random walks score and what shortest ones do.
 
     Args:
         rewards: One an iteration.
+        recipe: What they came by.
         floor: Of random walks.
         path: Of the PNG.
     """
@@ -30,10 +31,12 @@ def plot(rewards: list[float], floor: float, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot(range(1, len(rewards) + 1), rewards, marker="o", label="PPO")
+    axes.plot(range(1, len(rewards) + 1), rewards, marker="o", label=recipe.name)
     axes.axhline(1.0, linestyle="--", color="tab:green", label="shortest walks")
     axes.axhline(floor, linestyle="--", color="tab:red", label="random walks")
-    axes.set(xlabel="iteration (60 episodes each)", ylabel="mean score of the episodes", ylim=(0.0, 1.05))
+    axes.set(
+        xlabel=f"iteration ({recipe.episodes} episodes each)", ylabel="mean score of the episodes", ylim=(0.0, 1.05)
+    )
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -46,12 +49,14 @@ def main(args: list[str] | None = None) -> None:
         args: Of the command line.
     """
     parser = argparse.ArgumentParser(prog="python -m lightning_rlhf.examples.randomwalks", description=__doc__)
+    parser.add_argument("--algorithm", choices=RECIPES, default="ppo", help="what learns after the imitation")
     parser.add_argument("--graph-seed", type=int, default=1000, help="which graph")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and sampling")
     parser.add_argument("--epochs", type=int, default=10, help="of imitation")
-    parser.add_argument("--iterations", type=int, default=OWN.iterations, help="of PPO, 60 episodes each")
+    parser.add_argument("--iterations", type=int, help="of the algorithm; its recipe's by default")
     parser.add_argument("--output", type=Path, default=Path("outputs/randomwalks"), help="folder for what is left")
     options = parser.parse_args(args)
+    recipe = RECIPES[options.algorithm]
 
     console = Console()
     task = RandomWalks(options.graph_seed)
@@ -62,21 +67,24 @@ def main(args: list[str] | None = None) -> None:
     warm_start(task, start, options.seed, options.epochs)
     before = evaluate(SFTModule(start), task)
 
-    console.rule("2. PPO: the shorter the walk to `a`, the higher the score")
+    console.rule(f"2. {recipe.name}: the shorter the walk to `a`, the higher the score")
     logger = TensorBoardLogger(options.output, name="logs", default_hp_metric=False)
-    module, rewards = ppo(task, start, options.seed, OWN, options.iterations, logger=logger, callbacks=[RewardLogger()])
+    module, learnt = learn(
+        task, start, options.seed, recipe, options.iterations, logger=logger, callbacks=[RewardLogger()]
+    )
     after = evaluate(module, task)
     module.save_pretrained(final)
     curve = options.output / "curve.png"
-    plot(rewards, task.random_walk_mean(), curve)
+    plot(learnt.rewards, recipe, task.random_walk_mean(), curve)
 
-    table = Table(title=f"Score on graph {task.seed} after {60 * options.iterations:,} episodes, seed {options.seed}")
+    episodes = recipe.episodes * len(learnt.rewards)
+    table = Table(title=f"Score on graph {task.seed} after {episodes:,} episodes, seed {options.seed}")
     table.add_column("")
     table.add_column("64 samples a start", justify="right")
     table.add_column("likeliest walk", justify="right")
     table.add_row("floor: random walks", f"{task.random_walk_mean():.3f}", "")
     table.add_row("before: imitation", *(f"{score:.3f}" for score in before))
-    table.add_row("after: PPO", *(f"{score:.3f}" for score in after))
+    table.add_row(f"after: {recipe.name}", *(f"{score:.3f}" for score in after))
     table.add_row("ceiling: shortest walks", "1.000", "1.000")
     console.print(table)
     console.print(

@@ -1,0 +1,162 @@
+"""Random walks by PPO, PPO on the top layers and GRPO: one table and one plot, of score against episodes and seconds.
+
+For every seed all of them start from the same imitation and learn from at most 2,800 episodes. The curves are the mean
+scores of the episodes of each iteration, before it learns from them; the table ends with scores taken afterwards.
+Run it with::
+
+    python -m benchmarks.randomwalks_algorithms
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks import plain_ppo
+from benchmarks.randomwalks import be_quiet, warm_start
+from lightning_rlhf.examples.randomwalks.task import RandomWalks
+from lightning_rlhf.examples.randomwalks.training import RECIPES, Recipe, learn
+
+MILESTONES = (700, 1400, 2100)
+"""Episodes after which the table looks at the curves."""
+
+
+@dataclass
+class Runs:
+    """What one recipe came to, over seeds.
+
+    Attributes:
+        recipe: The recipe.
+        episodes: At the end of every iteration, (iteration,).
+        seconds: At the end of every iteration, (seed, iteration).
+        rewards: Mean score of every iteration's episodes, (seed, iteration).
+        sampled: Mean score of 64 samples a start, afterwards, (seed,).
+        greedy: Mean score of the likeliest walk from each start, afterwards, (seed,).
+    """
+
+    recipe: Recipe
+    episodes: Tensor
+    seconds: Tensor
+    rewards: Tensor
+    sampled: Tensor
+    greedy: Tensor
+
+
+def run_all(task: RandomWalks, seeds: list[int], names: list[str]) -> list[Runs]:
+    """Runs every recipe from every seed's imitation.
+
+    Args:
+        task: The graph.
+        seeds: Of imitation and learning.
+        names: Of the recipes.
+
+    Returns:
+        What each recipe came to.
+    """
+    results: dict[str, list[tuple[list[float], list[float], float, float]]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in seeds:
+            start = Path(folder) / str(seed)
+            warm_start(task, start, seed)
+            for name in names:
+                module, curve = learn(task, start, seed, RECIPES[name], logger=False, enable_progress_bar=False)
+                sampled, greedy = plain_ppo.evaluate(module.policy.decoder.model.eval(), task)
+                results[name].append((curve.rewards, curve.seconds, sampled, greedy))
+                print(f"seed {seed}, {name}: {sampled:.3f} | {greedy:.3f} | {curve.seconds[-1]:.1f} s", flush=True)
+    return [_runs(RECIPES[name], results[name]) for name in names]
+
+
+def _runs(recipe: Recipe, results: list[tuple[list[float], list[float], float, float]]) -> Runs:
+    rewards, seconds, sampled, greedy = (torch.tensor(column) for column in zip(*results, strict=True))
+    episodes = recipe.episodes * torch.arange(1, recipe.iterations + 1)
+    return Runs(recipe, episodes, seconds, rewards, sampled, greedy)
+
+
+def table_of(runs: list[Runs], title: str) -> Table:
+    """A row a recipe: means over seeds, and the lowest seed in brackets.
+
+    Args:
+        runs: The rows.
+        title: Of the table.
+
+    Returns:
+        The table.
+    """
+    table = Table(title=title)
+    table.add_column("")
+    for column in (*(f"at {n:,}" for n in MILESTONES), "episodes", "64 samples a start", "likeliest walk", "seconds"):
+        table.add_column(column, justify="right")
+    for run in runs:
+        reached = [run.rewards[:, int((run.episodes >= n).nonzero()[0])].mean() for n in MILESTONES]
+        table.add_row(
+            run.recipe.name,
+            *(f"{float(reward):.3f}" for reward in reached),
+            f"{int(run.episodes[-1]):,}",
+            *(f"{float(score.mean()):.3f} ({float(score.min()):.3f})" for score in (run.sampled, run.greedy)),
+            f"{float(run.seconds[:, -1].mean()):.1f}",
+        )
+    return table
+
+
+def plot(runs: list[Runs], floor: float, path: Path) -> None:
+    """Draws the curves, a mean over seeds in a band from the lowest to the highest.
+
+    Args:
+        runs: The curves.
+        floor: What random walks score.
+        path: Of the PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for run in runs:
+        for axes, x in ((left, run.episodes), (right, run.seconds.mean(0))):
+            (line,) = axes.plot(x, run.rewards.mean(0), label=run.recipe.name)
+            axes.fill_between(x, run.rewards.amin(0), run.rewards.amax(0), alpha=0.15, color=line.get_color())
+    for axes, label in ((left, "episodes"), (right, "seconds, loading included")):
+        axes.axhline(floor, linestyle="--", color="tab:gray", label="random walks")
+        axes.set(xlabel=label, ylim=(0.0, 1.02))
+    left.set_ylabel("mean score of an iteration's episodes")
+    right.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Prints the table, and writes the plot.
+
+    Args:
+        args: Of the command line.
+    """
+    description = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.randomwalks_algorithms", description=description)
+    parser.add_argument("--graph-seed", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--algorithms", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--output", type=Path, default=Path("outputs/randomwalks-algorithms.png"), help="the plot")
+    options = parser.parse_args(args)
+    be_quiet()
+    torch.set_num_threads(options.threads)
+    task = RandomWalks(options.graph_seed)
+    runs = run_all(task, options.seeds, options.algorithms)
+    title = f"Random walks, graph {task.seed}: mean over {len(options.seeds)} seeds (the lowest)"
+    console = Console(width=max(120, Console().width))
+    console.print(table_of(runs, title))
+    plot(runs, task.random_walk_mean(), options.output)
+    console.print(f"The curves: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
