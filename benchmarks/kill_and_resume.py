@@ -103,7 +103,8 @@ def child(algorithm: str, start: Path, folder: Path, iterations: int) -> subproc
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.kill_and_resume", "--child", str(start), str(folder)]
     command += ["--algorithm", algorithm, "--iterations", str(iterations)]
-    # Lightning writes to the temporary folder first: one on another disk makes of the last step a copy, which takes time.
+    # Lightning writes to the temporary folder first: one on another disk turns the last step into a copy, which takes
+    # its time.
     shared = Path("/dev/shm")
     is_other_disk = shared.is_dir() and shared.stat().st_dev != folder.stat().st_dev
     environment = {**os.environ, "TMPDIR": str(shared)} if is_other_disk else None
