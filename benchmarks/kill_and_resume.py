@@ -158,7 +158,7 @@ def compare(expected: dict[int, dict[str, Any]], lines: list[dict[str, Any]]) ->
     """What differs, in words."""
     differences = []
     for line in lines:
-        known = expected[line["iteration"]]
+        known = expected.get(line["iteration"], {})
         names = sorted(known.keys() | line.keys())
         wrong = [name for name in names if known.get(name) != line.get(name)]
         differences += [f"{name} of iteration {line['iteration']}" for name in wrong]

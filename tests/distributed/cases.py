@@ -7,6 +7,8 @@ process, and batches are as large as those of all processes together. Imported b
 from __future__ import annotations
 
 import functools
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +299,29 @@ def exported(strategy: str, folder: Path) -> float:
     return max(float((saved[name] - weight).abs().max()) for name, weight in own.items())
 
 
+class TellTheSecond(Callback):
+    """Sends SIGTERM to the second process alone, in the middle of its second iteration."""
+
+    def on_experience(self, trainer, module, experience) -> None:
+        if rank() == 1 and module.iteration == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def told_to_end(strategy: str, folder: Path) -> dict[str, Any]:
+    """A run of which one process is told to end, the run that goes on from there, and one that was left alone."""
+
+    def run(ckpt_path: Path | None = None, callbacks: Any = (), **flags: Any) -> dict[str, Any]:
+        data = PromptDataModule(PROMPTS, batch_size=2, seed=3)
+        return fit(online(PPOModule), data, strategy, ckpt_path, callbacks=callbacks, max_epochs=2, **flags)
+
+    keep = ModelCheckpoint(folder, filename="kept", save_on_exception=True, every_n_epochs=100)
+    try:
+        run(callbacks=[keep, TellTheSecond()], enable_checkpointing=True)
+    except SystemExit as error:
+        said = type(error).__name__
+    return {"said": said, "whole": run(), "rest": run(folder / "kept.ckpt")}
+
+
 def failing(kind: str, strategy: str, folder: Path) -> dict[str, Any]:
     """A reward that fails in the third iteration, on the second process only."""
     calls = []
@@ -340,6 +365,7 @@ OF_TWO = [
     "filled_up",
     "plain_loader",
     "resumed",
+    "told_to_end",
     "failing_too_few",
     "failing_not_a_number",
     "failing_raises",

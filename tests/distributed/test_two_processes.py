@@ -159,6 +159,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(two):
         assert torch.equal(rest["weights"], whole["weights"])
 
 
+@pytest.mark.invariant(36)
+def test_where_one_process_is_told_to_end_both_do_and_save(two):
+    for result in both(two, "told_to_end"):
+        whole, rest = result["whole"], result["rest"]
+        assert result["said"] == "SIGTERMException"
+        assert len(rest["experiences"]) == 2
+        assert rest["experiences"] == whole["experiences"][2:]
+        assert torch.equal(rest["weights"], whole["weights"])
+
+
 @pytest.mark.invariant(39)
 @pytest.mark.parametrize(
     ("kind", "complaint"),
