@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.table import Table
 
 from lightning_rlhf import GRPOModule, PPOModule, PromptDataModule
+from lightning_rlhf.callbacks import RolloutCheckpoint
 from lightning_rlhf.examples.randomwalks.task import MAX_NODES, RandomWalks
 from lightning_rlhf.examples.randomwalks.training import OWN, adamw, quiet_trainer, warm_start
 from lightning_rlhf.models.reference import fingerprint
@@ -84,9 +84,7 @@ def train(algorithm: str, start: Path, folder: Path, iterations: int) -> None:
     module = cls(start, reward=task.score, sampling=sampling, seed=SEED, **arguments)
     prompts = task.prompts * repeats
     data = PromptDataModule(prompts * 4, batch_size=len(prompts), seed=SEED)  # an epoch is four iterations
-    keep = ModelCheckpoint(
-        folder / "checkpoints", filename="{step}", every_n_train_steps=1, save_last=True, save_on_train_epoch_end=False
-    )
+    keep = RolloutCheckpoint(folder / "checkpoints", every_n_rollouts=1)
     trainer = quiet_trainer(
         max_epochs=-(-iterations // 4),
         callbacks=[keep],

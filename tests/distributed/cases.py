@@ -63,6 +63,7 @@ ALGORITHMS: dict[str, Any] = {
     "ppo_hydra": lambda **more: online(PPOModule, policy_of(2), reward_scaling="running", **more),
     "ppo_loss": functools.partial(online, PPOModule, kl_in="loss", kl_estimator="k2", averaging="responses"),
     "grpo": functools.partial(online, GRPOModule, group_size=3, micro_batch_size=2),
+    "grpo_hydra": lambda **more: online(GRPOModule, policy_of(2), group_size=4, divide_by_std=False, **more),
     # Scores of two or three values: in many groups all are equal, and nothing else has a gradient.
     "grpo_silent": functools.partial(
         online, GRPOModule, group_size=2, kl_coef=0.0, reward_clip=0.01, averaging="tokens", micro_batch_size=1
@@ -153,6 +154,7 @@ ppo_hydra = functools.partial(learns, "ppo_hydra")
 ppo_loss = functools.partial(learns, "ppo_loss")
 grpo = functools.partial(learns, "grpo")
 grpo_silent = functools.partial(learns, "grpo_silent")
+grpo_hydra = functools.partial(learns, "grpo_hydra")
 
 
 def sft(strategy: str, folder: Path) -> dict[str, Any]:
@@ -358,7 +360,18 @@ failing_too_few = functools.partial(failing, "too_few")
 failing_not_a_number = functools.partial(failing, "not_a_number")
 failing_raises = functools.partial(failing, "raises")
 
-SAME = ["ppo", "ppo_hydra", "ppo_loss", "grpo", "grpo_silent", "sft", "unlike_objects", "unlike_lengths", "uneven_rows"]
+SAME = [
+    "ppo",
+    "ppo_hydra",
+    "ppo_loss",
+    "grpo",
+    "grpo_hydra",
+    "grpo_silent",
+    "sft",
+    "unlike_objects",
+    "unlike_lengths",
+    "uneven_rows",
+]
 """Cases that come to the same on one process."""
 
 OF_TWO = [

@@ -32,7 +32,7 @@ def one(tmp_path_factory):
     return {name: getattr(cases, name)("auto", tmp_path_factory.mktemp(name)) for name in SAME}
 
 
-GROUP = {"grpo": 3, "grpo_silent": 2}  # rows that are dealt together; one by default
+GROUP = {"grpo": 3, "grpo_hydra": 4, "grpo_silent": 2}  # rows that are dealt together; one by default
 
 
 def dealt(parts, group=1):
