@@ -29,8 +29,9 @@ def settled_batches(trainer: L.Trainer) -> int:
 def settle(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     """Makes a checkpoint's counters say what its weights say, so that Lightning goes on with the right batch.
 
-    An epoch that is over is over: what Lightning writes when one ends is read back under ``max_steps`` as if it had a
-    batch more. And one that ``max_steps`` cut short is not.
+    An epoch whose batches are all done is over, and the next one is to come: read back as Lightning writes it, it has
+    one batch more under ``max_steps``, and counts for two once a run was resumed twice. An epoch that ``max_steps`` cut
+    short is not over. A validation under way is left to be finished.
 
     Args:
         trainer: That writes it.
@@ -40,21 +41,18 @@ def settle(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
     done = settled_batches(trainer)
     unfinished = batches["current"]["ready"] - done
-    if unfinished:
-        _set(batches["total"], batches["total"]["ready"] - unfinished)
-        _set(batches["current"], done)
-    if epochs["current"]["started"] == epochs["current"]["processed"] > 0:  # or an epoch is under way
-        is_over = not unfinished and (batches["is_last_batch"] or done >= trainer.num_training_batches)
-        for progress in (epochs["total"], epochs["current"]):
-            if is_over:
-                _set(progress, progress["processed"])
-            else:
-                progress["processed"] = progress["completed"] = progress["started"] - 1
-        _set(batches["total"], batches["total"]["processed"])
-        _set(batches["current"], 0 if is_over else done)
-        batches["is_last_batch"] = False
-    elif unfinished:
-        batches["is_last_batch"] = False
+    is_over = not unfinished and (batches["is_last_batch"] or done >= trainer.num_training_batches)
+    has_ended = epochs["current"]["started"] == epochs["current"]["processed"]  # as Lightning counts
+    if trainer.validating or not epochs["current"]["started"] or not (is_over or unfinished or has_ended):
+        return
+    _set(batches["total"], batches["total"]["ready"] - unfinished)
+    _set(batches["current"], 0 if is_over else done)
+    batches["is_last_batch"] = False
+    for progress in (epochs["total"], epochs["current"]):
+        if is_over:
+            _set(progress, progress["started"])
+        else:
+            progress["processed"] = progress["completed"] = progress["started"] - 1
 
 
 def go_on_with_a_new_epoch(trainer: L.Trainer) -> None:

@@ -33,6 +33,7 @@ from lightning_rlhf.modules.arguments import given_arguments, plain_arguments, r
 from lightning_rlhf.modules.optimization import OptimizerLike, SchedulerLike, make_optimizer, make_scheduler
 from lightning_rlhf.modules.ranks import take_over
 from lightning_rlhf.modules.resuming import STATE, algorithm_of, check_resumable
+from lightning_rlhf.modules.signals import EndTogether
 from lightning_rlhf.modules.text import TextModule
 from lightning_rlhf.strategies.checkpoint_io import make_checkpoints_atomic, replace_synced
 from lightning_rlhf.strategies.fsdp2 import check_strategy
@@ -88,6 +89,7 @@ class RLHFModule(TextModule):
         self._tokenizer = tokenizer
         self._dropout: DropoutValues = []
         self.reference: Reference | None = None
+        self._end: EndTogether | None = None
         self.save_hyperparameters(plain_arguments(self.__dict__.pop("_given") | {"seed": self.seed}))
 
     # --- networks -----------------------------------------------------------------------------------------------
@@ -163,6 +165,7 @@ class RLHFModule(TextModule):
         """Looks at the trainer before anything else does, and gives the data its tokenizer."""
         check_strategy(self.trainer)
         make_checkpoints_atomic(self.trainer.strategy)
+        self._end = EndTogether(self.trainer) if self.trainer.world_size > 1 else None
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, RLHFDataModule):
             data.tokenizer = self.tokenizer
@@ -178,6 +181,11 @@ class RLHFModule(TextModule):
             )
         if self.trainer.ckpt_path is not None:
             count_logged(self.trainer)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Ends the run on all processes where one of them was told to."""
+        if self._end is not None:
+            self._end.agree()
 
     def on_train_epoch_start(self) -> None:
         """Begins an epoch, of a resumed run too."""

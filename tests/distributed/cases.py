@@ -7,6 +7,8 @@ process, and batches are as large as those of all processes together. Imported b
 from __future__ import annotations
 
 import functools
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,7 @@ ALGORITHMS: dict[str, Any] = {
     "ppo_hydra": lambda **more: online(PPOModule, policy_of(2), reward_scaling="running", **more),
     "ppo_loss": functools.partial(online, PPOModule, kl_in="loss", kl_estimator="k2", averaging="responses"),
     "grpo": functools.partial(online, GRPOModule, group_size=3, micro_batch_size=2),
+    "grpo_hydra": lambda **more: online(GRPOModule, policy_of(2), group_size=4, divide_by_std=False, **more),
     # Scores of two or three values: in many groups all are equal, and nothing else has a gradient.
     "grpo_silent": functools.partial(
         online, GRPOModule, group_size=2, kl_coef=0.0, reward_clip=0.01, averaging="tokens", micro_batch_size=1
@@ -151,6 +154,7 @@ ppo_hydra = functools.partial(learns, "ppo_hydra")
 ppo_loss = functools.partial(learns, "ppo_loss")
 grpo = functools.partial(learns, "grpo")
 grpo_silent = functools.partial(learns, "grpo_silent")
+grpo_hydra = functools.partial(learns, "grpo_hydra")
 
 
 def sft(strategy: str, folder: Path) -> dict[str, Any]:
@@ -297,6 +301,29 @@ def exported(strategy: str, folder: Path) -> float:
     return max(float((saved[name] - weight).abs().max()) for name, weight in own.items())
 
 
+class TellTheSecond(Callback):
+    """Sends SIGTERM to the second process alone, in the middle of its second iteration."""
+
+    def on_experience(self, trainer, module, experience) -> None:
+        if rank() == 1 and module.iteration == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def told_to_end(strategy: str, folder: Path) -> dict[str, Any]:
+    """A run of which one process is told to end, the run that goes on from there, and one that was left alone."""
+
+    def run(ckpt_path: Path | None = None, callbacks: Any = (), **flags: Any) -> dict[str, Any]:
+        data = PromptDataModule(PROMPTS, batch_size=2, seed=3)
+        return fit(online(PPOModule), data, strategy, ckpt_path, callbacks=callbacks, max_epochs=2, **flags)
+
+    keep = ModelCheckpoint(folder, filename="kept", save_on_exception=True, every_n_epochs=100)
+    try:
+        run(callbacks=[keep, TellTheSecond()], enable_checkpointing=True)
+    except SystemExit as error:
+        said = type(error).__name__
+    return {"said": said, "whole": run(), "rest": run(folder / "kept.ckpt")}
+
+
 def failing(kind: str, strategy: str, folder: Path) -> dict[str, Any]:
     """A reward that fails in the third iteration, on the second process only."""
     calls = []
@@ -333,13 +360,25 @@ failing_too_few = functools.partial(failing, "too_few")
 failing_not_a_number = functools.partial(failing, "not_a_number")
 failing_raises = functools.partial(failing, "raises")
 
-SAME = ["ppo", "ppo_hydra", "ppo_loss", "grpo", "grpo_silent", "sft", "unlike_objects", "unlike_lengths", "uneven_rows"]
+SAME = [
+    "ppo",
+    "ppo_hydra",
+    "ppo_loss",
+    "grpo",
+    "grpo_hydra",
+    "grpo_silent",
+    "sft",
+    "unlike_objects",
+    "unlike_lengths",
+    "uneven_rows",
+]
 """Cases that come to the same on one process."""
 
 OF_TWO = [
     "filled_up",
     "plain_loader",
     "resumed",
+    "told_to_end",
     "failing_too_few",
     "failing_not_a_number",
     "failing_raises",

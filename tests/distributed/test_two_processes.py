@@ -32,7 +32,7 @@ def one(tmp_path_factory):
     return {name: getattr(cases, name)("auto", tmp_path_factory.mktemp(name)) for name in SAME}
 
 
-GROUP = {"grpo": 3, "grpo_silent": 2}  # rows that are dealt together; one by default
+GROUP = {"grpo": 3, "grpo_hydra": 4, "grpo_silent": 2}  # rows that are dealt together; one by default
 
 
 def dealt(parts, group=1):
@@ -156,6 +156,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(two):
         assert rest["experiences"] == whole["experiences"][3:]
         assert rest["metrics"] == whole["metrics"][3:]
         assert rest["moments"] == whole["moments"]
+        assert torch.equal(rest["weights"], whole["weights"])
+
+
+@pytest.mark.invariant(36)
+def test_where_one_process_is_told_to_end_both_do_and_save(two):
+    for result in both(two, "told_to_end"):
+        whole, rest = result["whole"], result["rest"]
+        assert result["said"] == "SIGTERMException"
+        assert len(rest["experiences"]) == 2
+        assert rest["experiences"] == whole["experiences"][2:]
         assert torch.equal(rest["weights"], whole["weights"])
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
-from lightning_rlhf import ConversationDataModule, PPOModule, PromptDataModule, SFTModule
+from lightning_rlhf import ConversationDataModule, GRPOModule, PPOModule, PromptDataModule, SFTModule
 from lightning_rlhf.models.reference import fingerprint
 from tests.training import bare_trainer, module_of, sft
 
@@ -124,6 +124,7 @@ class Case:
 ONLINE = {"reward_scaling": "running", "kl_coef": 0.3, "num_epochs": 2, "minibatch_size": 2}
 CASES = {
     "ppo": Case(PPOModule, arguments=ONLINE),
+    "grpo": Case(GRPOModule, arguments={**ONLINE, "group_size": 3}),
     "sft": Case(SFTModule, ConversationDataModule, TEXTS),
     "sft_accumulating": Case(SFTModule, ConversationDataModule, TEXTS, flags={"accumulate_grad_batches": 2}),
 }

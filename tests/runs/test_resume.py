@@ -45,9 +45,13 @@ def steps():
     return {name: run(case, **LONG).places for name, case in CASES.items()}
 
 
+QUICK = ("ppo", "sft")
+NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+
+
 @pytest.mark.parametrize("with_val", [False, True], ids=["", "validated"])
 @pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, steps, name, limit, with_val):
     case, flags = CASES[name], limit_of(limit, steps[name])
     whole = run(case, with_val=with_val, callbacks=[Everywhere(tmp_path)], **flags)
@@ -62,7 +66,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, steps, name, limit,
 
 
 @pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_that_came_to_its_end_goes_on_under_a_higher_limit(tmp_path, steps, name, limit):
     # With a rate that does not depend on where the end is.
     case = CASES[name]
@@ -94,13 +98,36 @@ def test_the_last_checkpoint_is_found_and_gone_on_with(tmp_path):
     assert_goes_on(whole, resumed, 5)
 
 
-def test_a_second_cut_is_as_harmless_as_the_first(tmp_path):
-    case = CASES["ppo"]
-    whole = run(case, callbacks=[Everywhere(tmp_path)], **LONG)
-    (tmp_path / "again").mkdir()
-    run(case, tmp_path / "batch=2.ckpt", callbacks=[Everywhere(tmp_path / "again")], **LONG)
-    # It counts from where it began.
-    assert_goes_on(whole, run(case, tmp_path / "again" / "batch=3.ckpt", **LONG), 5)
+class Cut(Callback):
+    """Saves after every batch, and ends the run after so many."""
+
+    def __init__(self, folder, batches):
+        self.path, self.left = folder / "cut.ckpt", batches
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.save_checkpoint(self.path)
+        self.left -= 1
+
+    def on_train_batch_start(self, *args):
+        if not self.left:
+            raise ConnectionError("killed")
+
+
+@pytest.mark.parametrize("with_val", [False, True], ids=["", "validated"])
+@pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
+def test_a_run_that_is_cut_again_and_again_comes_to_the_same_end(tmp_path, steps, limit, with_val):
+    case, flags = CASES["ppo"], limit_of(limit, steps["ppo"])
+    whole = run(case, with_val=with_val, **flags)
+    for batches in (1, 3):
+        begin = None
+        for done in range(0, len(whole.places), batches):
+            try:
+                rest = run(case, begin, with_val, callbacks=[Cut(tmp_path, batches)], **flags)
+            except ConnectionError:
+                begin = tmp_path / "cut.ckpt"
+                continue
+            assert_goes_on(whole, rest, done)
+        assert begin is not None
 
 
 def test_a_checkpoint_loads_without_a_trainer(tmp_path):
