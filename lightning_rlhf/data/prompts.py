@@ -31,7 +31,7 @@ class PromptDataModule(RLHFDataModule):
 
     def __init__(
         self,
-        prompts: str | os.PathLike[str] | Sequence[Any],
+        prompts: Sequence[Any] | str | os.PathLike[str],
         *,
         batch_size: int = 32,
         shuffle: bool = True,

@@ -29,7 +29,7 @@ from lightning_rlhf.models.loading import ModelLike, ModelSpec, SpecialTokens, f
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.models.weights import whole_state
-from lightning_rlhf.modules.arguments import given_arguments, plain_arguments, reject_unknown
+from lightning_rlhf.modules.arguments import plain_arguments, reject_unknown
 from lightning_rlhf.modules.optimization import OptimizerLike, SchedulerLike, make_optimizer, make_scheduler
 from lightning_rlhf.modules.ranks import take_over
 from lightning_rlhf.modules.resuming import STATE, algorithm_of, check_resumable
@@ -57,12 +57,6 @@ class RLHFModule(TextModule):
 
     with_value_head = False
     learns_from: tuple[type[Batch], str]  # what a batch is, and which DataModule yields it
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Remembers what the constructor is called with, for checkpoints."""
-        module = super().__new__(cls)
-        module.__dict__["_given"] = given_arguments(cls, args, kwargs)
-        return module
 
     def __init__(
         self,

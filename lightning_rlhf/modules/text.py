@@ -16,10 +16,11 @@ from lightning_rlhf.generation.sampling import Sampling, SamplingLike
 from lightning_rlhf.generation.stopping import stop_criteria
 from lightning_rlhf.models.loading import SpecialTokens
 from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.modules.arguments import Remembering
 from lightning_rlhf.strategies.sharding import held
 
 
-class TextModule(L.LightningModule, ABC):
+class TextModule(Remembering, L.LightningModule, ABC):
     """A policy that writes.
 
     Attributes:
