@@ -79,14 +79,22 @@ def reject_unknown(cls: type, unknown: Mapping[str, Any]) -> None:
     """
     if not unknown:
         return
-    known = _known_arguments(cls)
+    known = known_arguments(cls)
     name, value = next(iter(unknown.items()))
     close = difflib.get_close_matches(name, known, n=1)
     remedy = f"did you mean `{close[0]}`?" if close else f"it takes {', '.join(known)}."
     raise TypeError(f"`{name}={value!r}` is no argument of {cls.__name__}: {remedy}")
 
 
-def _known_arguments(cls: type) -> list[str]:
+def known_arguments(cls: type) -> list[str]:
+    """What a class takes, what it hands on to its bases by ``**kwargs`` included.
+
+    Args:
+        cls: The class.
+
+    Returns:
+        The names, in order of the alphabet.
+    """
     names: list[str] = []
     for base in cls.__mro__:
         if "__init__" not in vars(base):

@@ -224,9 +224,11 @@ def test_imitation_is_the_same_with_and_without_validation_and_can_be_stopped_by
 # --- prediction -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "make", [ppo, lambda **more: SFTModule(network(tiny_gpt2()), tokenizer=word_tokenizer(), **more)]
-)
+def sft(**arguments):
+    return SFTModule(network(tiny_gpt2()), tokenizer=word_tokenizer(), **arguments)
+
+
+@pytest.mark.parametrize("make", [ppo, sft])
 def test_predictions_are_rows_with_their_responses(make):
     module = make(evaluation_sampling={"temperature": 0, "max_new_tokens": 4})
     batches = bare_trainer().predict(module, datamodule=PromptDataModule(predict=HELD_OUT, batch_size=4))
