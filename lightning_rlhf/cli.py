@@ -150,11 +150,12 @@ def explained(message: str, keys: Sequence[str]) -> str:
         key, known = (key, list(keys)) if key.split(".")[0] in parts else (key.split(".")[0], parts)
         return f"`{key}` is no key of a configuration{_meant(key, known)}"
     *_, innermost = re.split(r'Parser key "(?:model|data|trainer\.callbacks)":', message)
-    value = re.search(r'Parser key "(\w+)":\s+(.*?)(?:Given value type|Got value)(.*)', innermost, flags=re.DOTALL)
+    value = re.search(r'Parser key "(\w+)":\s+(.*?)(?:Given value|Got value): ([^\n]*)', innermost, flags=re.DOTALL)
     if value:
-        given = re.search(r"(?:Given value)?: (.*)", value[3].split("\n", 1)[-1])
-        expected = [line.strip("- .") for line in re.findall(r"Expected .*", value[2])]
-        return f"`{value[1]}={given[1] if given else ''}` does not fit. {'; or: '.join(expected)}."
+        expected = [
+            line.strip(". ").replace("a typing.Literal", "one of ") for line in re.findall(r"Expected .*", value[2])
+        ]
+        return f"`{value[1]}={value[3]}` does not fit. {'; or: '.join(expected)}."
     unknown = re.search(r"Expected a dot import path string: (\w+)$", message, flags=re.MULTILINE)
     if unknown:
         classes = [cls.__name__ for base in (RLHFModule, LightningDataModule, Callback) for cls in _subclasses(base)]

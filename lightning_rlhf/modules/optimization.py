@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     SchedulerLike = Callable[[Optimizer], LRScheduler] | Mapping[str, Any] | Schedule | str
 else:
     # What the command line reads: it makes factories of names and dicts, and finds a misspelt one.
+    # It writes a value as the first type that takes it, and factories take every name.
     OptimizerLike = Callable[[Any], Optimizer] | None
-    SchedulerLike = Callable[[Optimizer], LRScheduler] | Schedule
+    SchedulerLike = Schedule | Callable[[Optimizer], LRScheduler]
 """Makes an optimizer of parameter groups, or a schedule over an optimizer: a factory, its dotted name, or
 ``{"class_path": ..., "init_args": ...}``; by default AdamW, and a rate that stays."""
 
