@@ -31,6 +31,7 @@ from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.models.weights import whole_state
 from lightning_rlhf.modules.arguments import plain_arguments, reject_unknown
 from lightning_rlhf.modules.evaluation import EvaluatedModule, expect
+from lightning_rlhf.modules.imports import check_datamodule, warn_of_the_other
 from lightning_rlhf.modules.optimization import OptimizerLike, SchedulerLike, make_optimizer, make_scheduler
 from lightning_rlhf.modules.ranks import take_over
 from lightning_rlhf.modules.resuming import STATE, algorithm_of, check_resumable
@@ -80,6 +81,7 @@ class RLHFModule(EvaluatedModule):
         **unknown: Any,
     ) -> None:
         reject_unknown(type(self), unknown)
+        warn_of_the_other(type(self).__name__)
         super().__init__()
         self.spec = ModelSpec.of(policy)
         self.seed = run_seed(seed)
@@ -167,6 +169,7 @@ class RLHFModule(EvaluatedModule):
     def configure_callbacks(self) -> list[Callback]:
         """Looks at the trainer before anything else does, and gives the data its tokenizer."""
         check_strategy(self.trainer)
+        check_datamodule(self.trainer)
         make_checkpoints_atomic(self.trainer.strategy)
         for advice in _WRONG_ADVICE:
             warnings.filterwarnings("ignore", message=advice)
