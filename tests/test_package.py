@@ -32,7 +32,8 @@ ORDER = (
     ("modules",),
     ("",),
     ("callbacks",),
-    ("cli", "sweep", "collect", "__main__"),
+    ("cli", "sweep", "collect"),
+    ("__main__",),
     ("examples",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -39,7 +39,6 @@ from lightning_rlhf.strategies.checkpoint_io import make_checkpoints_atomic, rep
 from lightning_rlhf.strategies.fsdp2 import check_strategy
 from lightning_rlhf.strategies.sharding import shard
 
-
 _WRONG_ADVICE = (
     "You defined a `validation_step` but have no `val_dataloader`",  # not every run is evaluated
     "You have overridden `on_before_batch_transfer` in `LightningModule`",  # which is meant

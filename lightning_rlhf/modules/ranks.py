@@ -48,22 +48,6 @@ def gather_over_ranks(tensor: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Collects plain values from all processes; a collective.
-
-    Args:
-        value: Anything that pickles.
-
-    Returns:
-        One a process, on all.
-    """
-    if not _is_distributed():
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def agree(error: Exception | None, what: str, rows: int, device: torch.device) -> int:
     """Raises on all processes if one of them has an error, so that none waits for another; a collective.
 

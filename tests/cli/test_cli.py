@@ -157,7 +157,7 @@ def test_the_command_line_wins_over_the_checkpoint_and_the_checkpoint_over_defau
     run = ["fit", "--config", "run.yaml", "--ckpt_path", checkpoint(trained)]
     main([*run, "--model.init_args.clip_range", "0.4"])
     main(run)
-    assert [module.clip_range for module in modules] == [0.4, 0.3]
+    assert [module.hparams["clip_range"] for module in modules] == [0.4, 0.3]
     assert [module.gamma for module in modules] == [0.9, 0.9]  # which only the first run's command line said
     assert modules[0].sampling.max_new_tokens == 4
     assert modules[0].sampling_changes == {"temperature": 0}
@@ -211,7 +211,7 @@ def test_a_policy_may_be_a_config_by_its_class_and_a_tokenizer_what_a_function_m
     modules = []
     monkeypatch.setattr("lightning_rlhf.cli.RLHFCLI._run_subcommand", lambda cli, name: modules.append(cli.model))
     config = {"class_path": "transformers.GPT2Config", "init_args": {"n_layer": 3, "n_embd": 16, "n_head": 2}}
-    tokenizer = {"class_path": "lightning_rlhf.examples.randomwalks.recipes.tokenizer"}
+    tokenizer = {"class_path": "lightning_rlhf.examples.randomwalks.parts.tokenizer"}
     main(without({"model.init_args.policy": config, "model.init_args.tokenizer": tokenizer}))
     assert modules[0].spec.model.n_layer == 3
     assert len(modules[0].tokenizer) == 23

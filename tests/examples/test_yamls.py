@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from lightning_rlhf.cli import main
+from lightning_rlhf.examples.randomwalks.parts import Starts
 from lightning_rlhf.examples.randomwalks.task import RandomWalks
+from lightning_rlhf.examples.randomwalks.training import RECIPES
 from tests.networks import network
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -16,7 +18,24 @@ FOLDERS = {"outputs/randomwalks/warm-start": RandomWalks}
 
 
 def test_there_are_yamls():
-    assert {"randomwalks/sft.yaml", "randomwalks/ppo.yaml"} <= {path.relative_to(EXAMPLES).as_posix() for path in YAMLS}
+    names = {path.relative_to(EXAMPLES).as_posix() for path in YAMLS}
+    assert {f"randomwalks/{name}.yaml" for name in ("sft", "ppo", "grpo")} <= names
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_random_walks_are_learnt_by_the_recipe_of_the_demo(name):
+    recipe = RECIPES[name]
+    run = yaml.safe_load((EXAMPLES / "randomwalks" / f"{name}.yaml").read_text())
+    arguments = run["model"]["init_args"]
+    optimizer = {**arguments.pop("optimizer")["init_args"]}
+    assert run["model"]["class_path"] == recipe.algorithm.__name__
+    assert {**optimizer, "betas": tuple(optimizer["betas"])} == recipe.arguments["optimizer"].keywords
+    others = {name: value for name, value in recipe.arguments.items() if name != "optimizer"}
+    assert {key: arguments[key] for key in others} == others
+    assert set(arguments) - set(others) == {"policy", "reward", "metric_fn", "sampling", "evaluation_sampling"}
+    data = Starts(**run["data"].get("init_args", {}))
+    assert len(data.rows) == recipe.iterations * recipe.prompts
+    assert data.batch_size == recipe.prompts
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")

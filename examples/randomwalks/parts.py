@@ -75,17 +75,16 @@ class Walks(ConversationDataModule):
 
 
 class Starts(PromptDataModule):
-    """The letters that walks start from: all 20 so many times an iteration, and once each to validate and predict.
+    """The letters that walks start from: all in turn to learn from, and once each to validate, test and predict.
 
     Args:
         iterations: How often episodes are collected.
-        episodes_per_start: Episodes of an iteration from each start.
+        prompts: Starts of an iteration.
         graph_seed: Which graph.
     """
 
-    def __init__(self, iterations: int = 46, episodes_per_start: int = 3, graph_seed: int = GRAPH) -> None:
+    def __init__(self, iterations: int = 46, prompts: int = 60, graph_seed: int = GRAPH) -> None:
         starts = task(graph_seed).prompts
-        batch = starts * episodes_per_start
-        super().__init__(
-            batch * iterations, validation=starts, test=starts, predict=starts, batch_size=len(batch), shuffle=False
-        )
+        needed = iterations * prompts
+        rows = (starts * (needed // len(starts) + 1))[:needed]
+        super().__init__(rows, validation=starts, test=starts, predict=starts, batch_size=prompts, shuffle=False)
