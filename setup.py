@@ -42,6 +42,7 @@ setup(
     packages=packages(),
     package_dir={"lightning_rlhf": "lightning_rlhf", **MAPPED},
     package_data={"lightning_rlhf": ["py.typed"], "": ["*.yaml", "README.md"]},
+    entry_points={"console_scripts": ["lightning-rlhf = lightning_rlhf.cli:main"]},
     install_requires=[
         "lightning>=2.6.4",
         "torch>=2.11",

@@ -9,6 +9,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning's command line calls it in the old way
 
 import random
 

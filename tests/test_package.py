@@ -32,7 +32,8 @@ ORDER = (
     ("modules",),
     ("",),
     ("callbacks",),
-    ("cli", "sweep", "collect", "__main__"),
+    ("cli", "sweep", "collect"),
+    ("__main__",),
     ("examples",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
@@ -209,6 +210,8 @@ def test_wheel_holds_the_folders_inside_the_package(checkout: Path, tmp_path: Pa
     with zipfile.ZipFile(next(tmp_path.glob(f"lightning_rlhf-{version}-*.whl"))) as wheel:
         wheel.extractall(unpacked)
         packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        (scripts,) = (wheel.read(name).decode() for name in wheel.namelist() if name.endswith("/entry_points.txt"))
+        assert "lightning-rlhf = lightning_rlhf.cli:main" in scripts
 
     for package, folder in FOLDERS.items():
         files = [*folder.rglob("*.py"), *folder.rglob("*.yaml"), *folder.rglob("py.typed")]

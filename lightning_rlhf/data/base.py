@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import lightning as L
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from lightning_rlhf.batches import Batch
 from lightning_rlhf.data.cursor import Cursor, CursorSampler
+from lightning_rlhf.data.evaluation import EvaluationSampler
 from lightning_rlhf.data.formats import Row
 from lightning_rlhf.data.settled import settled_batches
 
@@ -33,30 +36,35 @@ class RLHFDataModule(L.LightningDataModule, ABC):
     """Rows that become batches once a module has brought its tokenizer.
 
     Args:
-        rows: The training data.
-        batch_size: Rows of a batch, per process.
+        rows: The training data; None where there is only something to evaluate.
+        batch_size: Rows of a batch, per process, in training and evaluation.
         shuffle: Whether every epoch has an order of its own.
         seed: Of the orders; what ``seed_everything`` set, else 0, by default.
         num_workers: Processes that collate.
+        held_out: Rows that are not learnt from, as ``"validation"``, ``"test"`` and ``"predict"``.
 
     Attributes:
         tokenizer: Of the module that is trained, which sets it; or set it yourself.
         max_tokens: How long a row may be, in tokens; the module sets it, None is no limit.
     """
 
+    argument: str  # what the user calls the training data, for errors
+
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Row] | None,
         *,
         batch_size: int = 32,
         shuffle: bool = True,
         seed: int | None = None,
         num_workers: int = 0,
+        held_out: Mapping[str, Sequence[Row] | None] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"`batch_size={batch_size}` must be at least 1.")
         self.rows = rows
+        self.held_out = {name: some for name, some in (held_out or {}).items() if some is not None}
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = run_seed(seed)
@@ -68,12 +76,12 @@ class RLHFDataModule(L.LightningDataModule, ABC):
         self._due = 0  # batches that training has finished once the last one that was read is
 
     @abstractmethod
-    def tokenized(self, row: Row, number: int) -> Any:
+    def tokenized(self, row: Row, what: str) -> Any:
         """Turns a row into tokens; called once a row, before the first batch.
 
         Args:
             row: As the user gave it.
-            number: Its place, for errors.
+            what: The row, for errors.
 
         Returns:
             What :meth:`collate` puts together.
@@ -92,15 +100,57 @@ class RLHFDataModule(L.LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader:
         """A plain loader over the rows, from the cursor on."""
+        if self.rows is None:
+            raise ValueError(
+                f"`{self.argument}` is not given to {type(self).__name__}: there is nothing to learn from."
+            )
+        self._due = 0
+        items = self._items(self.argument, self.rows)
+        return self._loader(
+            items, CursorSampler(items, self.cursor, self.batch_size, self.shuffle, self.seed, *self._place)
+        )
+
+    @property
+    def val_dataloader(self) -> Callable[[], Any]:
+        """A plain loader over ``validation``, in order; Lightning's own method, which it takes for none, without."""
+        if "validation" not in self.held_out:
+            return super().val_dataloader
+        return functools.partial(self._held_out_loader, "validation", "validate")
+
+    def setup(self, stage: str) -> None:
+        """Misses the validation data, as the other loaders do theirs."""
+        if stage == "validate" and "validation" not in self.held_out:
+            self._held_out_loader("validation", "validate")
+
+    def test_dataloader(self) -> DataLoader:
+        """A plain loader over ``test``, in order."""
+        return self._held_out_loader("test", "test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """A plain loader over ``predict``, in order."""
+        return self._held_out_loader("predict", "predict")
+
+    def _held_out_loader(self, name: str, verb: str) -> DataLoader:
+        if name not in self.held_out:
+            takes = name in inspect.signature(type(self)).parameters
+            remedy = f"pass `{name}=`" if takes else f"PromptDataModule takes `{name}=`"
+            raise ValueError(f"`{name}` is not given to {type(self).__name__}, and `{verb}` needs rows: {remedy}.")
+        items = self._items(name, self.held_out[name])
+        return self._loader(items, EvaluationSampler(items, *self._place))
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """Number of processes, and of this one."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _items(self, argument: str, rows: Sequence[Row]) -> list[Any]:
         if self.tokenizer is None:
             raise ValueError(
                 "`tokenizer` is not set: fit with an RLHF module, which brings its own, or set `datamodule.tokenizer`."
             )
-        self._due = 0
-        items = [self.tokenized(row, number) for number, row in enumerate(self.rows)]
-        world_size = 1 if self.trainer is None else self.trainer.world_size
-        rank = 0 if self.trainer is None else self.trainer.global_rank
-        sampler = CursorSampler(items, self.cursor, self.batch_size, self.shuffle, self.seed, world_size, rank)
+        return [self.tokenized(row, f"`{argument}[{number}]`") for number, row in enumerate(rows)]
+
+    def _loader(self, items: list[Any], sampler: Sampler) -> DataLoader:
         for advice in _WRONG_ADVICE:
             warnings.filterwarnings("ignore", message=advice)
         return DataLoader(

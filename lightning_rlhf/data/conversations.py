@@ -11,6 +11,9 @@ from lightning_rlhf.data.base import RLHFDataModule
 from lightning_rlhf.data.formats import Row, read_rows
 from lightning_rlhf.data.tokens import ended, pad_id, padded, prompt_ids, response_ids
 
+Conversations = Sequence[Any] | str | os.PathLike[str] | None
+"""A list, or the path of a file; the command line would make one string of a list, did it not come first."""
+
 
 class ConversationDataModule(RLHFDataModule):
     """Texts to imitate: whole ones, or responses to prompts.
@@ -18,7 +21,9 @@ class ConversationDataModule(RLHFDataModule):
     Args:
         rows: Dicts with ``text``, of which everything is learnt, or with ``prompt`` (a string or chat messages) and
             ``response``, of which the response is; plain strings are texts. Or the path of a JSONL file of these.
-            EOS is put after every text and response that lacks it.
+            EOS is put after every text and response that lacks it. May be left out where nothing is trained.
+        validation: Rows of the same forms, for validation while training and for ``Trainer.validate``.
+        test: Rows for ``Trainer.test``.
         batch_size: Rows of a batch, per process.
         shuffle: Whether every epoch has an order of its own.
         seed: Of the orders; what ``seed_everything`` set, else 0, by default.
@@ -29,24 +34,29 @@ class ConversationDataModule(RLHFDataModule):
         [{'prompt': 'Hi', 'response': ' there'}, {'text': 'A text.'}]
     """
 
+    argument = "rows"
+
     def __init__(
         self,
-        rows: str | os.PathLike[str] | Sequence[Any],
+        rows: Conversations = None,
         *,
+        validation: Conversations = None,
+        test: Conversations = None,
         batch_size: int = 32,
         shuffle: bool = True,
         seed: int | None = None,
         num_workers: int = 0,
     ) -> None:
-        parsed = read_rows(rows, "rows", "text")
-        for number, row in enumerate(parsed):
-            if not ("text" in row or {"prompt", "response"} <= set(row)):
-                raise ValueError(
-                    f"`rows[{number}]` has the keys {sorted(row)}: it needs 'text', or 'prompt' and 'response'."
-                )
-        super().__init__(parsed, batch_size=batch_size, shuffle=shuffle, seed=seed, num_workers=num_workers)
+        super().__init__(
+            _conversations(rows, "rows"),
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            num_workers=num_workers,
+            held_out={"validation": _conversations(validation, "validation"), "test": _conversations(test, "test")},
+        )
 
-    def tokenized(self, row: Row, number: int) -> tuple[list[int], list[int]]:
+    def tokenized(self, row: Row, what: str) -> tuple[list[int], list[int]]:
         """Tokens of the prompt and of what is learnt; of a text the first token is not, since nothing precedes it."""
         try:
             if "text" in row:
@@ -56,8 +66,8 @@ class ConversationDataModule(RLHFDataModule):
                 prompt = prompt_ids(row["prompt"], self.tokenizer)
                 response = response_ids(row["response"], self.tokenizer)
         except ValueError as error:
-            raise ValueError(f"`rows[{number}]`: {error}") from error
-        self.check_length(len(prompt) + len(response), f"`rows[{number}]`")
+            raise ValueError(f"{what}: {error}") from error
+        self.check_length(len(prompt) + len(response), what)
         return prompt, response
 
     def collate(self, items: Sequence[tuple[list[int], list[int]]]) -> ImitationBatch:
@@ -71,3 +81,15 @@ class ConversationDataModule(RLHFDataModule):
             response_tokens=response_tokens,
             response_mask=response_mask,
         )
+
+
+def _conversations(source: Any, argument: str) -> list[Row] | None:
+    if source is None:
+        return None
+    rows = read_rows(source, argument, "text")
+    for number, row in enumerate(rows):
+        if not ("text" in row or {"prompt", "response"} <= set(row)):
+            raise ValueError(
+                f"`{argument}[{number}]` has the keys {sorted(row)}: it needs 'text', or 'prompt' and 'response'."
+            )
+    return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -50,7 +50,7 @@ class Sampling:
             raise ValueError(f"`stop={list(self.stop)!r}` holds an empty string, which every response contains.")
 
     @classmethod
-    def of(cls, sampling: SamplingLike) -> Sampling:
+    def of(cls, sampling: SamplingLike, argument: str = "sampling") -> Sampling:
         """A sampling as it is, from some of its fields, or the defaults."""
         if sampling is None:
             return cls()
@@ -58,12 +58,12 @@ class Sampling:
             return sampling
         unknown = set(sampling) - set(cls.__dataclass_fields__)
         if unknown:
-            raise TypeError(f"`sampling` knows no {sorted(unknown)}: it takes {sorted(cls.__dataclass_fields__)}.")
+            raise TypeError(f"`{argument}` knows no {sorted(unknown)}: it takes {sorted(cls.__dataclass_fields__)}.")
         return cls(**sampling)
 
-    def but(self, changes: SamplingLike) -> Sampling:
+    def but(self, changes: SamplingLike, argument: str = "sampling") -> Sampling:
         """The same with some fields changed; a whole :class:`Sampling` replaces it."""
-        return Sampling.of({**asdict(self), **changes}) if isinstance(changes, Mapping) else changes or self
+        return Sampling.of({**asdict(self), **changes}, argument) if isinstance(changes, Mapping) else changes or self
 
     def plain(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -86,7 +86,13 @@ class Sampling:
             )
 
 
-SamplingLike = Sampling | Mapping[str, Any] | None
+if TYPE_CHECKING:
+    SamplingLike = Sampling | Mapping[str, Any] | None
+    SamplingChanges = Sampling | Mapping[str, Any] | None
+else:
+    # What the command line reads: it makes a whole of some fields here, and finds a misspelt one; and must not there.
+    SamplingLike = Sampling | None
+    SamplingChanges = dict[str, Any] | Sampling | None
 """A :class:`Sampling`, or a dict of its fields."""
 
 

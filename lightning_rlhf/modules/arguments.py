@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -15,6 +15,20 @@ from lightning_rlhf.models.loading import ModelSpec
 from lightning_rlhf.modules.optimization import plain_factory
 
 _LEFT_OUT = object()
+
+
+class Remembering:
+    """Remembers what its subclasses' constructors are called with, under ``_given``.
+
+    It lies below the class that has the arguments, since the command line reads them off the lowest ``__new__`` if that
+    stands in the same class as ``__init__``.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remembers, and calls nothing."""
+        made = super().__new__(cls)
+        made.__dict__["_given"] = given_arguments(cls, args, kwargs)
+        return made
 
 
 def given_arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,14 +79,22 @@ def reject_unknown(cls: type, unknown: Mapping[str, Any]) -> None:
     """
     if not unknown:
         return
-    known = _known_arguments(cls)
+    known = known_arguments(cls)
     name, value = next(iter(unknown.items()))
     close = difflib.get_close_matches(name, known, n=1)
     remedy = f"did you mean `{close[0]}`?" if close else f"it takes {', '.join(known)}."
     raise TypeError(f"`{name}={value!r}` is no argument of {cls.__name__}: {remedy}")
 
 
-def _known_arguments(cls: type) -> list[str]:
+def known_arguments(cls: type) -> list[str]:
+    """What a class takes, what it hands on to its bases by ``**kwargs`` included.
+
+    Args:
+        cls: The class.
+
+    Returns:
+        The names, in order of the alphabet.
+    """
     names: list[str] = []
     for base in cls.__mro__:
         if "__init__" not in vars(base):

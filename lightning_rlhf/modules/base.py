@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_rlhf.batches import Batch
 from lightning_rlhf.chance import derived_seed
 from lightning_rlhf.data.base import RLHFDataModule, run_seed
 from lightning_rlhf.data.settled import count_logged, go_on_with_a_new_epoch, settle
-from lightning_rlhf.generation.sampling import Sampling
+from lightning_rlhf.generation.sampling import Sampling, SamplingChanges
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.dropout import DropoutValues, disable_dropout, original_dropout
 from lightning_rlhf.models.heads import ValueHead
@@ -29,18 +29,25 @@ from lightning_rlhf.models.loading import ModelLike, ModelSpec, SpecialTokens, f
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.models.weights import whole_state
-from lightning_rlhf.modules.arguments import given_arguments, plain_arguments, reject_unknown
+from lightning_rlhf.modules.arguments import plain_arguments, reject_unknown
+from lightning_rlhf.modules.evaluation import EvaluatedModule, expect
+from lightning_rlhf.modules.imports import check_datamodule, warn_of_the_other
 from lightning_rlhf.modules.optimization import OptimizerLike, SchedulerLike, make_optimizer, make_scheduler
 from lightning_rlhf.modules.ranks import take_over
 from lightning_rlhf.modules.resuming import STATE, algorithm_of, check_resumable
 from lightning_rlhf.modules.signals import EndTogether
-from lightning_rlhf.modules.text import TextModule
 from lightning_rlhf.strategies.checkpoint_io import make_checkpoints_atomic, replace_synced
 from lightning_rlhf.strategies.fsdp2 import check_strategy
 from lightning_rlhf.strategies.sharding import shard
 
+_WRONG_ADVICE = (
+    "You defined a `validation_step` but have no `val_dataloader`",  # not every run is evaluated
+    "You have overridden `on_before_batch_transfer` in `LightningModule`",  # which is meant
+)
+"""What Lightning warns of that does not hold for these modules."""
 
-class RLHFModule(TextModule):
+
+class RLHFModule(EvaluatedModule):
     """A policy that learns.
 
     Args:
@@ -53,17 +60,12 @@ class RLHFModule(TextModule):
         lr_scheduler: ``"constant"``, ``"linear"`` or ``"cosine"`` over the run's progress, or a factory that is
             stepped after every update.
         warmup_updates: Updates over which a named schedule rises from 0.
+        evaluation_sampling: What differs from ``sampling`` when responses are written for evaluation or prediction,
+            such as ``{"temperature": 0}``.
         **unknown: Refused by name.
     """
 
     with_value_head = False
-    learns_from: tuple[type[Batch], str]  # what a batch is, and which DataModule yields it
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Remembers what the constructor is called with, for checkpoints."""
-        module = super().__new__(cls)
-        module.__dict__["_given"] = given_arguments(cls, args, kwargs)
-        return module
 
     def __init__(
         self,
@@ -75,9 +77,11 @@ class RLHFModule(TextModule):
         optimizer: OptimizerLike = None,
         lr_scheduler: SchedulerLike = "constant",
         warmup_updates: int = 0,
+        evaluation_sampling: SamplingChanges = None,
         **unknown: Any,
     ) -> None:
         reject_unknown(type(self), unknown)
+        warn_of_the_other(type(self).__name__)
         super().__init__()
         self.spec = ModelSpec.of(policy)
         self.seed = run_seed(seed)
@@ -86,6 +90,8 @@ class RLHFModule(TextModule):
         self.lr_scheduler = lr_scheduler
         self.warmup_updates = warmup_updates
         self.sampling = Sampling()
+        self.sampling_changes = evaluation_sampling
+        self.sampling.but(evaluation_sampling, "evaluation_sampling")  # what is misspelt is better said now
         self._tokenizer = tokenizer
         self._dropout: DropoutValues = []
         self.reference: Reference | None = None
@@ -164,8 +170,11 @@ class RLHFModule(TextModule):
     def configure_callbacks(self) -> list[Callback]:
         """Looks at the trainer before anything else does, and gives the data its tokenizer."""
         check_strategy(self.trainer)
+        check_datamodule(self.trainer)
         make_checkpoints_atomic(self.trainer.strategy)
         self._end = EndTogether(self.trainer) if self.trainer.world_size > 1 else None
+        for advice in _WRONG_ADVICE:
+            warnings.filterwarnings("ignore", message=advice)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, RLHFDataModule):
             data.tokenizer = self.tokenizer
@@ -173,12 +182,7 @@ class RLHFModule(TextModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Refuses what another module would learn from."""
-        kind, source = self.learns_from
-        if not isinstance(batch, kind):
-            raise TypeError(
-                f"`train_dataloaders` or `datamodule` yields {type(batch).__name__}, and {type(self).__name__} learns "
-                f"from {kind.__name__}: use {source}, or a loader that yields the same."
-            )
+        expect(batch, *self.learns_from, self, "train_dataloaders", "learns from")
         if self.trainer.ckpt_path is not None:
             count_logged(self.trainer)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.functional.masked import mean_and_variance, moments
-from lightning_rlhf.modules.ranks import sum_over_ranks
+from lightning_rlhf.modules.ranks import gather_objects, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Statistic:
 
 
 class Meter:
-    """Counts, sums and sums of squares under names; all processes must use the same ones."""
+    """Counts, sums and sums of squares under names; all processes must use the same ones, or :meth:`fill`."""
 
     def __init__(self) -> None:
         self._moments: dict[str, Tensor] = {}
@@ -35,6 +35,15 @@ class Meter:
         """
         added = moments(values, mask)
         self._moments[name] = self._moments[name] + added if name in self._moments else added
+
+    def fill(self, device: torch.device) -> None:
+        """Adds nothing under every name that another process has and this one lacks; a collective.
+
+        Args:
+            device: On which processes talk.
+        """
+        for name in {name for names in gather_objects(sorted(self._moments)) for name in names} - set(self._moments):
+            self._moments[name] = torch.zeros(3, dtype=torch.float64, device=device)
 
     def reduce(self) -> dict[str, Statistic]:
         """What was added on all processes since the last call, in one collective.

@@ -19,14 +19,16 @@ from lightning_rlhf.models.hydra import reference_of
 from lightning_rlhf.models.loading import ModelLike, ModelSpec
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reference import Reference
+from lightning_rlhf.modules.evaluation import PromptEvaluation
 from lightning_rlhf.modules.manual import ManualModule
 from lightning_rlhf.modules.ranks import agree, rank, sum_over_ranks, world_size
 from lightning_rlhf.modules.resuming import STATE
 from lightning_rlhf.modules.scaling import RewardScaling, ScoreScaler
 from lightning_rlhf.rewards.combine import CombinedReward, RewardLike
+from lightning_rlhf.rewards.metrics import MetricFunction, MetricLike
 
 
-class OnlineModule(ManualModule):
+class OnlineModule(PromptEvaluation, ManualModule):
     """A policy that learns from what it writes; an algorithm adds :meth:`experience` and :meth:`loss`.
 
     One ``training_step`` is one iteration. Defaults are trlX's where it has one.
@@ -44,6 +46,7 @@ class OnlineModule(ManualModule):
         reward_scaling: After clipping, divides scores by the standard deviation of all scores so far (``"running"``)
             or of the first iteration (``"first"``); the mean is never taken off.
         missing_eos_penalty: Taken off the score of a response that was cut off, before clipping.
+        metric_fn: Called in evaluation as a reward is; returns a dict of numbers, which are logged under their names.
         **kwargs: Passed to :class:`ManualModule` (epochs and minibatches, averaging, clipping) and :class:`RLHFModule`
             (tokenizer, dropout, seed, optimizer and schedule).
     """
@@ -63,6 +66,7 @@ class OnlineModule(ManualModule):
         reward_clip: float | None = 10.0,
         reward_scaling: RewardScaling | None = None,
         missing_eos_penalty: float | None = None,
+        metric_fn: MetricLike | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
@@ -85,6 +89,7 @@ class OnlineModule(ManualModule):
             )
         self.sampling = Sampling.of(sampling)
         self.sampling.check_trainable()
+        self.metric_fn = None if metric_fn is None else MetricFunction(metric_fn)
         self.responses_per_prompt = responses_per_prompt
         self.kl_coef = kl_coef
         self.kl_in = kl_in
@@ -142,26 +147,7 @@ class OnlineModule(ManualModule):
         group = self.responses_per_prompt
         rows = [((i // group) * world_size() + rank()) * group + i % group for i in range(len(prompts) * group)]
         uniforms = row_uniforms(self.seed, "rollout", (self.iteration,), rows, self.sampling.max_new_tokens)
-        decoded = self.decode(
-            prompts.prompt_tokens, prompts.prompt_mask, uniforms, self.sampling, self.with_final_values, group
-        )
-        if group > 1:
-            prompts = prompts.select(torch.arange(len(prompts)).repeat_interleave(group))
-        return Rollouts(
-            prompt_tokens=prompts.prompt_tokens,
-            prompt_mask=prompts.prompt_mask,
-            prompts=prompts.prompts,
-            metadata=prompts.metadata,
-            response_tokens=decoded.tokens,
-            response_mask=decoded.mask,
-            sampled_mask=decoded.mask,
-            old_logprobs=decoded.logprobs,
-            truncated=decoded.truncated,
-            responses=self.texts(decoded.tokens, decoded.mask),
-            values=decoded.values,
-            final_values=decoded.final_values,
-            kept_mass=decoded.kept_mass,
-        )
+        return self.respond(prompts, uniforms, self.sampling, self.with_final_values, group)
 
     def score(self, rollouts: Rollouts) -> Scores:
         """Calls the rewards on this process's rows. If one fails anywhere, all processes stop.

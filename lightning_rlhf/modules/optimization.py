@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.optim import Optimizer
@@ -13,12 +13,17 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lightning_rlhf.dotted import imported
 
-OptimizerLike = Callable[[Any], Optimizer] | Mapping[str, Any] | str | None
-"""Makes an optimizer of parameter groups: a factory, its dotted name, or ``{"class_path": ..., "init_args": ...}``; by
-default AdamW."""
-
 Schedule = Literal["constant", "linear", "cosine"]
-SchedulerLike = Callable[[Optimizer], LRScheduler] | Mapping[str, Any] | Schedule | str
+if TYPE_CHECKING:
+    OptimizerLike = Callable[[Any], Optimizer] | Mapping[str, Any] | str | None
+    SchedulerLike = Callable[[Optimizer], LRScheduler] | Mapping[str, Any] | Schedule | str
+else:
+    # What the command line reads: it makes factories of names and dicts, and finds a misspelt one.
+    # It writes a value as the first type that takes it, and factories take every name.
+    OptimizerLike = Callable[[Any], Optimizer] | None
+    SchedulerLike = Schedule | Callable[[Optimizer], LRScheduler]
+"""Makes an optimizer of parameter groups, or a schedule over an optimizer: a factory, its dotted name, or
+``{"class_path": ..., "init_args": ...}``; by default AdamW, and a rate that stays."""
 
 
 def default_optimizer(parameters: Any) -> Optimizer:
@@ -99,7 +104,10 @@ def plain_factory(factory: Any) -> Any:
     Returns:
         ``{"class_path": ..., "init_args": ...}`` of a partial with plain arguments, else the factory itself.
     """
-    if isinstance(factory, functools.partial) and isinstance(factory.func, type) and not factory.args:
-        path = f"{factory.func.__module__}.{factory.func.__qualname__}"
-        return {"class_path": path, "init_args": dict(factory.keywords)}
+    if not isinstance(factory, functools.partial):
+        return factory
+    *before, last = (factory.func, *factory.args)
+    # The command line puts functions of its own before the class.
+    if isinstance(last, type) and not any(isinstance(part, type) or not callable(part) for part in before):
+        return {"class_path": f"{last.__module__}.{last.__qualname__}", "init_args": dict(factory.keywords)}
     return factory

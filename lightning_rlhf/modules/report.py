@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
-from lightning_rlhf.batches import Experience
+from lightning_rlhf.batches import Experience, Rollouts, Scores
 from lightning_rlhf.functional.kl import k1
 from lightning_rlhf.functional.masked import masked_sum
 from lightning_rlhf.modules.meter import Meter
@@ -48,21 +48,31 @@ class Report(Meter):
             experience: Of this process.
             eos: The tokens that end a response.
         """
+        self.observe_scored(experience, experience.scores, eos)
         mask = experience.sampled_mask
-        self.add("reward/mean", experience.scores.total)
-        for name, score in experience.scores.by_name.items():
-            self.add(f"reward/{name}", score, ~score.isnan())
-        lengths = experience.response_mask.sum(1)
-        last = experience.response_tokens.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
-        self.add("response/length", lengths)
-        self.add("response/eos_rate", torch.isin(last, torch.tensor(eos, device=last.device)))
-        self.add("response/truncation_rate", experience.truncated)
-        if experience.kept_mass is not None:
-            self.add("policy/kept_mass", experience.kept_mass, mask)
         if experience.ref_logprobs is not None:
             log_ratio = k1(experience.old_logprobs, experience.ref_logprobs)
             self.add("kl/token", log_ratio, mask)
             self.add("kl/sequence", masked_sum(log_ratio, mask, dim=1))
+
+    def observe_scored(self, rollouts: Rollouts, scores: Scores, eos: tuple[int, ...]) -> None:
+        """Adds what responses and their scores say, in training and evaluation alike.
+
+        Args:
+            rollouts: Of this process.
+            scores: What the reward gave.
+            eos: The tokens that end a response.
+        """
+        self.add("reward/mean", scores.total)
+        for name, score in scores.by_name.items():
+            self.add(f"reward/{name}", score, ~score.isnan())
+        lengths = rollouts.response_mask.sum(1)
+        last = rollouts.response_tokens.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+        self.add("response/length", lengths)
+        self.add("response/eos_rate", torch.isin(last, torch.tensor(eos, device=last.device)))
+        self.add("response/truncation_rate", rollouts.truncated)
+        if rollouts.kept_mass is not None:
+            self.add("policy/kept_mass", rollouts.kept_mass, rollouts.sampled_mask)
 
     def send(self, module: L.LightningModule, iteration: int, tokens: torch.Tensor, seconds: float) -> None:
         """Reduces over all processes, and logs; a collective.

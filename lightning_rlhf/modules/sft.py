@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_rlhf.batches import ImitationBatch
 from lightning_rlhf.models.loading import ModelLike
 from lightning_rlhf.modules.offline import OfflineModule
+from lightning_rlhf.modules.report import Report
 
 
 class SFTModule(OfflineModule):
@@ -21,7 +22,8 @@ class SFTModule(OfflineModule):
     Args:
         policy: The network to train: a name, folder, object, config or :class:`ModelSpec`.
         disable_dropout: Whether dropout is 0 while this module trains; imitation keeps it by default.
-        **kwargs: Passed to :class:`RLHFModule`: tokenizer, seed, optimizer and schedule.
+        **kwargs: Passed to :class:`RLHFModule`: tokenizer, seed, optimizer and schedule,
+            evaluation_sampling (of predictions).
     """
 
     learns_from = (ImitationBatch, "ConversationDataModule")
@@ -33,3 +35,7 @@ class SFTModule(OfflineModule):
         """The summed negative log-likelihood of a batch."""
         self.begin_step(batch_idx)
         return self.summed("policy/loss", -self.policy(batch).logprobs, batch.response_mask)
+
+    def evaluate(self, batch: ImitationBatch, numbers: list[int], counts: Tensor, loader: int, report: Report) -> None:
+        """The negative log-likelihood of every token."""
+        report.add("policy/loss", -self.policy(batch).logprobs, batch.response_mask & counts[:, None])

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 
+from lightning_rlhf.batches import PromptBatch, Rollouts
 from lightning_rlhf.chance import row_uniforms
 from lightning_rlhf.data.tokens import padded, prompt_ids
 from lightning_rlhf.generation.decode import Decoded, DecodeLoop
@@ -16,10 +18,11 @@ from lightning_rlhf.generation.sampling import Sampling, SamplingLike
 from lightning_rlhf.generation.stopping import stop_criteria
 from lightning_rlhf.models.loading import SpecialTokens
 from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.modules.arguments import Remembering
 from lightning_rlhf.strategies.sharding import held
 
 
-class TextModule(L.LightningModule, ABC):
+class TextModule(Remembering, L.LightningModule, ABC):
     """A policy that writes.
 
     Attributes:
@@ -78,6 +81,47 @@ class TextModule(L.LightningModule, ABC):
                 return loop(prompt_tokens, prompt_mask, uniforms, group_size)
         finally:
             self.policy.train(was_training)
+
+    def respond(
+        self,
+        prompts: PromptBatch,
+        uniforms: Tensor,
+        sampling: Sampling,
+        with_final_values: bool = False,
+        group_size: int = 1,
+    ) -> Rollouts:
+        """Writes responses to every prompt of a batch.
+
+        Args:
+            prompts: Of this process.
+            uniforms: (responses, max_new_tokens), what chance says.
+            sampling: How tokens are drawn.
+            with_final_values: Whether to read the value after the last token of responses that are cut off.
+            group_size: Responses to each prompt.
+
+        Returns:
+            What was written, the responses to a prompt one after the other.
+        """
+        decoded = self.decode(
+            prompts.prompt_tokens, prompts.prompt_mask, uniforms, sampling, with_final_values, group_size
+        )
+        if group_size > 1:
+            prompts = prompts.select(torch.arange(len(prompts)).repeat_interleave(group_size))
+        return Rollouts(
+            prompt_tokens=prompts.prompt_tokens,
+            prompt_mask=prompts.prompt_mask,
+            prompts=prompts.prompts,
+            metadata=prompts.metadata,
+            response_tokens=decoded.tokens,
+            response_mask=decoded.mask,
+            sampled_mask=decoded.mask,
+            old_logprobs=decoded.logprobs,
+            truncated=decoded.truncated,
+            responses=self.texts(decoded.tokens, decoded.mask),
+            values=decoded.values,
+            final_values=decoded.final_values,
+            kept_mass=decoded.kept_mass,
+        )
 
     def texts(self, tokens: Tensor, mask: Tensor) -> list[str]:
         """Responses as text, without special tokens.

@@ -13,8 +13,9 @@ from lightning_rlhf.dotted import imported
 from lightning_rlhf.functional.advantages import token_rewards
 from lightning_rlhf.rewards.functions import Reward, RewardFunction, as_tensor
 
-RewardLike = Reward | str | Sequence[Reward | str | tuple[Reward | str, float]]
-"""A callable, its dotted name, or a list of these, each alone or as a pair with its weight."""
+RewardLike = Sequence[tuple[Reward | str, float] | Reward | str] | Reward | str
+"""A callable, its dotted name, or a list of these, each alone or as a pair with its weight. The command line writes a
+value as the first of these that takes it, and a callable takes everything."""
 
 RESERVED_NAMES = ("mean", "std", "total")
 """What is logged under these names is the sum of all rewards."""

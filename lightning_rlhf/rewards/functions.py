@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ Reward = Callable[..., Any]
 """Prompts and responses in; one score per response out, or one list of per-token scores per response."""
 
 
-class RewardFunction:
-    """A callable with a name, whose result is checked.
+class UserFunction:
+    """A callable of the user's with a name; what it is called with, and what numbers may come back.
 
     Args:
         function: Gets ``prompts`` and ``responses``, and by keyword whatever else it names (all there is, if it takes
@@ -26,14 +26,81 @@ class RewardFunction:
         name: For logs and errors; its own name by default.
     """
 
+    argument: str  # what the user calls it, for errors
+    returns: str  # what it must return, likewise
+
     def __init__(self, function: Reward, name: str | None = None) -> None:
         if not callable(function):
             raise TypeError(
-                f"`reward={function!r}` must be callable: it gets prompts and responses, and returns scores."
+                f"`{self.argument}={function!r}` must be callable: it gets prompts and responses, and returns "
+                f"{self.returns}."
             )
         self.function = function
         self.name = name or _own_name(function)
         self.named, self.takes_all = _parameters(function)
+
+    def result(self, rollouts: Rollouts, tokenizer: Any) -> Any:
+        """What the function returns, tensors and arrays as lists and generators run out.
+
+        Args:
+            rollouts: What was written.
+            tokenizer: Passed on if the function wants it.
+
+        Raises:
+            RuntimeError: If the function raised.
+        """
+        arguments = self._arguments(rollouts, tokenizer)
+        positional = () if {"prompts", "responses"} & self.named else (rollouts.prompts, rollouts.responses)
+        try:
+            result = plain(self.function(*positional, **arguments))
+            if isinstance(result, Iterable) and not isinstance(result, str | Mapping):
+                return [plain(item) for item in result]  # where a generator raises
+        except Exception as error:
+            raise RuntimeError(
+                f"`{self.argument}` {self.name!r} raised {type(error).__name__}: {error} (on {len(rollouts)} "
+                f"responses, the first of which is {rollouts.responses[0]!r})"
+            ) from error
+        return result
+
+    def number(self, value: Any, what: str) -> float:
+        """A finite number.
+
+        Args:
+            value: What the function gave.
+            what: For which sample, for errors.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"`{self.argument}` {self.name!r} gave {value!r} for {what}: it must be a number."
+            ) from error
+        if not abs(number) <= torch.finfo(torch.float32).max:
+            raise ValueError(
+                f"`{self.argument}` {self.name!r} gave {number} for {what}: it must be finite, in single precision."
+            )
+        return number
+
+    def _arguments(self, rollouts: Rollouts, tokenizer: Any) -> dict[str, Any]:
+        offered: dict[str, Any] = dict(rollouts.metadata)
+        wanted = self.named - {"prompts", "responses"}
+        if self.takes_all or "response_tokens" in wanted:
+            offered["response_tokens"] = [
+                tokens[mask] for tokens, mask in zip(rollouts.response_tokens, rollouts.response_mask, strict=True)
+            ]
+        offered["tokenizer"] = tokenizer
+        if {"prompts", "responses"} & self.named:
+            offered |= {"prompts": rollouts.prompts, "responses": rollouts.responses}
+        return {key: value for key, value in offered.items() if self.takes_all or key in self.named}
+
+
+class RewardFunction(UserFunction):
+    """A reward, whose result is checked."""
+
+    argument, returns = "reward", "scores"
 
     def __call__(self, rollouts: Rollouts, tokenizer: Any) -> list[float] | list[list[float]]:
         """Scores every response.
@@ -49,7 +116,11 @@ class RewardFunction:
             ValueError: If the result does not fit the responses; the sample is named.
             RuntimeError: If the function raised.
         """
-        scores = self._checked_call(rollouts, tokenizer)
+        scores = self.result(rollouts, tokenizer)
+        if not isinstance(scores, list):
+            raise ValueError(
+                f"`reward` {self.name!r} returned {scores!r}: it must return a list with one score per response."
+            )
         if len(scores) != len(rollouts):
             raise ValueError(
                 f"`reward` {self.name!r} returned {len(scores)} scores for {len(rollouts)} responses: it must return "
@@ -63,48 +134,9 @@ class RewardFunction:
                 for score, length, sample in zip(scores, lengths, samples, strict=True)
             ]
         return [
-            math.nan if score is None else self._number(score, sample)
+            math.nan if score is None else self.number(score, sample)
             for score, sample in zip(scores, samples, strict=True)
         ]
-
-    def _checked_call(self, rollouts: Rollouts, tokenizer: Any) -> list[Any]:
-        arguments = self._arguments(rollouts, tokenizer)
-        positional = () if {"prompts", "responses"} & self.named else (rollouts.prompts, rollouts.responses)
-        try:
-            scores = _plain(self.function(*positional, **arguments))
-            if isinstance(scores, Iterable) and not isinstance(scores, str):
-                return [_plain(score) for score in scores]  # where a generator raises
-        except Exception as error:
-            raise RuntimeError(
-                f"`reward` {self.name!r} raised {type(error).__name__}: {error} (on {len(rollouts)} responses, the "
-                f"first of which is {rollouts.responses[0]!r})"
-            ) from error
-        raise ValueError(
-            f"`reward` {self.name!r} returned {scores!r}: it must return a list with one score per response."
-        )
-
-    def _arguments(self, rollouts: Rollouts, tokenizer: Any) -> dict[str, Any]:
-        offered: dict[str, Any] = dict(rollouts.metadata)
-        wanted = self.named - {"prompts", "responses"}
-        if self.takes_all or "response_tokens" in wanted:
-            offered["response_tokens"] = [
-                tokens[mask] for tokens, mask in zip(rollouts.response_tokens, rollouts.response_mask, strict=True)
-            ]
-        offered["tokenizer"] = tokenizer
-        if {"prompts", "responses"} & self.named:
-            offered |= {"prompts": rollouts.prompts, "responses": rollouts.responses}
-        return {key: value for key, value in offered.items() if self.takes_all or key in self.named}
-
-    def _number(self, score: Any, sample: str) -> float:
-        try:
-            number = float(score)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"`reward` {self.name!r} gave {score!r} for {sample}: it must be a number.") from error
-        if not abs(number) <= torch.finfo(torch.float32).max:
-            raise ValueError(
-                f"`reward` {self.name!r} gave {number} for {sample}: it must be finite, in single precision."
-            )
-        return number
 
     def _dense(self, scores: Any, length: int, sample: str) -> list[float]:
         if not isinstance(scores, list | tuple) or len(scores) != length:
@@ -112,10 +144,10 @@ class RewardFunction:
                 f"`reward` {self.name!r} gave {scores!r} for {sample}, which has {length} tokens, the ending EOS "
                 "included: dense scores are one number per token."
             )
-        return [self._number(score, f"token {t} of {sample}") for t, score in enumerate(scores)]
+        return [self.number(score, f"token {t} of {sample}") for t, score in enumerate(scores)]
 
 
-def _plain(scores: Any) -> Any:
+def plain(scores: Any) -> Any:
     """A tensor or array as numbers or lists of them; anything else as it is."""
     return scores.tolist() if hasattr(scores, "tolist") else scores
 

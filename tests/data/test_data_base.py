@@ -143,12 +143,12 @@ def test_rows_are_tokenised_once():
     calls = []
 
     class Counting(PromptDataModule):
-        def tokenized(self, row, number):
-            calls.append(number)
-            return super().tokenized(row, number)
+        def tokenized(self, row, what):
+            calls.append(what)
+            return super().tokenized(row, what)
 
     read(prompts(Counting), max_epochs=3)
-    assert calls == list(range(10))
+    assert calls == [f"`prompts[{number}]`" for number in range(10)]
 
 
 def test_a_loader_before_there_is_a_tokenizer_is_an_error_that_says_what_to_do():

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_rlhf import ConversationDataModule, GRPOModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
 from lightning_rlhf.batches import PromptBatch
+from lightning_rlhf.callbacks import ResponseWriter
 from lightning_rlhf.data.tokens import padded
 from lightning_rlhf.models.weights import whole, whole_state
 from lightning_rlhf.modules.ranks import rank, world_size
@@ -324,6 +325,38 @@ def told_to_end(strategy: str, folder: Path) -> dict[str, Any]:
     return {"said": said, "whole": run(), "rest": run(folder / "kept.ckpt")}
 
 
+def evaluated(strategy: str, folder: Path) -> dict[str, Any]:
+    """Seven prompts and texts, which two processes cannot share evenly: measured and answered, and in training too."""
+
+    def measure(prompts, responses):
+        measured.append(prompts)
+        return {"of_b": [1.0 if "b" in response else None for response in responses], "rows": len(responses)}
+
+    measured: list[list[str]] = []
+    rows = PROMPTS[:7]
+    size = 7 if strategy == "auto" else 4
+    module = online(PPOModule, metric_fn=measure)
+    data = PromptDataModule(PROMPTS, validation=rows, predict=rows, batch_size=per_process(8, strategy), seed=3)
+    (before,) = trainer_of(strategy).validate(module, datamodule=data, verbose=False)
+    (texts,) = trainer_of(strategy).test(module, DataLoader(rows, batch_size=size), verbose=False)
+    writer = ResponseWriter(folder / "responses.jsonl")
+    predicted = trainer_of(strategy, callbacks=[writer]).predict(module, datamodule=data)
+    trainer = trainer_of(strategy, max_epochs=1)
+    trainer.fit(module, datamodule=data)
+    imitator = SFTModule(tiny_gpt2(LETTERS, layers=2, initializer_range=0.3), tokenizer=word_tokenizer(LETTERS), seed=8)
+    imitated = ConversationDataModule(validation=[f"{row} a" for row in rows], batch_size=2)
+    (losses,) = trainer_of(strategy).validate(imitator, datamodule=imitated, verbose=False)
+    return {
+        "before": before,
+        "texts": {name.replace("test/", "val/"): value for name, value in texts.items()},
+        "after": {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")},
+        "losses": losses,
+        "measured": sum(map(len, measured)),
+        "predicted": [row["row"] for batch in predicted for row in batch],
+        "written": (folder / "responses.jsonl").read_text(),
+    }
+
+
 def failing(kind: str, strategy: str, folder: Path) -> dict[str, Any]:
     """A reward that fails in the third iteration, on the second process only."""
     calls = []
@@ -375,6 +408,7 @@ SAME = [
 """Cases that come to the same on one process."""
 
 OF_TWO = [
+    "evaluated",
     "filled_up",
     "plain_loader",
     "resumed",

@@ -201,3 +201,19 @@ def test_a_sharded_policy_is_gathered_once_for_all_that_it_writes(two):
 def test_a_sharded_policy_is_exported_whole(two):
     for difference in both(two, "exported"):
         assert difference == 0.0
+
+
+@pytest.mark.invariant(37, 40)
+def test_two_processes_measure_and_answer_every_row_once(two, tmp_path):
+    alone = cases.evaluated("auto", tmp_path)
+    first, second = both(two, "evaluated")
+    for part in ("before", "texts", "after", "losses"):
+        assert first[part] == second[part]
+        expected = {name: value for name, value in alone[part].items() if name != "val/rows"}
+        assert {name: first[part][name] for name in expected} == pytest.approx(expected, abs=2e-5), part
+    assert len(set(alone["after"].items()) - set(alone["before"].items())) > 4  # after it learnt
+    assert first["before"]["val/rows"] == pytest.approx((4 * 4 + 3 * 3) / 7, abs=1e-6)
+    assert (first["measured"], second["measured"]) == (4 * 4, 4 * 3)  # the sanity check before training is one of four
+    assert (first["predicted"], second["predicted"]) == ([0, 2, 4, 6], [1, 3, 5])
+    assert first["written"] == alone["written"]
+    assert alone["written"].count("\n") == 7

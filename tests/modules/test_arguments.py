@@ -116,7 +116,11 @@ def test_a_function_that_is_defined_in_a_function_is_left_out():
         (PPOModule, "warmup_steps", "did you mean `warmup_updates`"),
         (PPOModule, "tokeniser", "did you mean `tokenizer`"),
         (SFTModule, "optimiser", "did you mean `optimizer`"),
-        (SFTModule, "clip_range", "it takes disable_dropout, lr_scheduler, optimizer, policy, seed, tokenizer, warmup"),
+        (
+            SFTModule,
+            "clip_range",
+            "it takes disable_dropout, evaluation_sampling, lr_scheduler, optimizer, policy, s",
+        ),
     ],
 )
 def test_an_unknown_argument_is_an_error_that_suggests_the_right_one(cls, name, remedy):

@@ -1,0 +1,64 @@
+"""Every example YAML is read, built and run, on small limits."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_rlhf.cli import main
+from lightning_rlhf.examples.randomwalks.parts import Starts
+from lightning_rlhf.examples.randomwalks.task import RandomWalks
+from lightning_rlhf.examples.randomwalks.training import RECIPES
+from tests.networks import network
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+YAMLS = sorted(EXAMPLES.rglob("*.yaml"))
+# What a YAML begins from, if an example is to write it first.
+FOLDERS = {"outputs/randomwalks/warm-start": RandomWalks}
+
+
+def test_there_are_yamls():
+    names = {path.relative_to(EXAMPLES).as_posix() for path in YAMLS}
+    assert {f"randomwalks/{name}.yaml" for name in ("sft", "ppo", "grpo")} <= names
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_random_walks_are_learnt_by_the_recipe_of_the_demo(name):
+    recipe = RECIPES[name]
+    run = yaml.safe_load((EXAMPLES / "randomwalks" / f"{name}.yaml").read_text())
+    arguments = run["model"]["init_args"]
+    optimizer = {**arguments.pop("optimizer")["init_args"]}
+    assert run["model"]["class_path"] == recipe.algorithm.__name__
+    assert {**optimizer, "betas": tuple(optimizer["betas"])} == recipe.arguments["optimizer"].keywords
+    others = {name: value for name, value in recipe.arguments.items() if name != "optimizer"}
+    assert {key: arguments[key] for key in others} == others
+    assert set(arguments) - set(others) == {"policy", "reward", "metric_fn", "sampling", "evaluation_sampling"}
+    data = Starts(**run["data"].get("init_args", {}))
+    assert len(data.rows) == recipe.iterations * recipe.prompts
+    assert data.batch_size == recipe.prompts
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.relative_to(EXAMPLES).as_posix())
+def test_an_example_runs_as_it_is_written(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = yaml.safe_load(path.read_text())
+    policy = run["model"]["init_args"]["policy"]
+    if str(policy) in FOLDERS:
+        task = FOLDERS[policy]()
+        config = task.config()
+        config.n_layer, config.n_embd = 2, 24
+        network(config).save_pretrained(policy)
+        task.tokenizer().save_pretrained(policy)
+    limits = [
+        "max_epochs=1",
+        "limit_train_batches=1",
+        "limit_val_batches=1",
+        "num_sanity_val_steps=0",
+        "accelerator=cpu",
+    ]
+    limits += ["devices=1", "enable_progress_bar=false", "enable_model_summary=false", "val_check_interval=1.0"]
+    main(["fit", "--config", str(path), *(f"--trainer.{limit}" for limit in limits)])
+    assert (tmp_path / run["save_pretrained"] / "config.json").is_file()
+    (saved,) = tmp_path.rglob("lightning_logs/version_0/config.yaml")
+    assert yaml.safe_load(saved.read_text())["model"]["class_path"].endswith(run["model"]["class_path"])
