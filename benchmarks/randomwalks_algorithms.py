@@ -1,7 +1,8 @@
 """Random walks by PPO, PPO on the top layers and GRPO: one table and one plot, of score against episodes and seconds.
 
 For every seed all of them start from the same imitation and learn from at most 2,800 episodes. The curves are the mean
-scores of the episodes of each iteration, before it learns from them; the table ends with scores taken afterwards.
+scores of the episodes of an iteration, before it learns from them, or of as many iterations as have all of the starts;
+the table ends with scores taken afterwards.
 Run it with::
 
     python -m benchmarks.randomwalks_algorithms
@@ -34,9 +35,9 @@ class Runs:
 
     Attributes:
         recipe: The recipe.
-        episodes: At the end of every iteration, (iteration,).
-        seconds: At the end of every iteration, (seed, iteration).
-        rewards: Mean score of every iteration's episodes, (seed, iteration).
+        episodes: So far, whenever all starts have been learnt from, (point,).
+        seconds: Likewise, (seed, point).
+        rewards: Mean score of the episodes since the point before, (seed, point).
         sampled: Mean score of 64 samples a start, afterwards, (seed,).
         greedy: Mean score of the likeliest walk from each start, afterwards, (seed,).
     """
@@ -70,13 +71,16 @@ def run_all(task: RandomWalks, seeds: list[int], names: list[str]) -> list[Runs]
                 sampled, greedy = plain_ppo.evaluate(module.policy.decoder.model.eval(), task)
                 results[name].append((curve.rewards, curve.seconds, sampled, greedy))
                 print(f"seed {seed}, {name}: {sampled:.3f} | {greedy:.3f} | {curve.seconds[-1]:.1f} s", flush=True)
-    return [_runs(RECIPES[name], results[name]) for name in names]
+    return [_runs(RECIPES[name], len(task.prompts), results[name]) for name in names]
 
 
-def _runs(recipe: Recipe, results: list[tuple[list[float], list[float], float, float]]) -> Runs:
+def _runs(recipe: Recipe, starts: int, results: list[tuple[list[float], list[float], float, float]]) -> Runs:
     rewards, seconds, sampled, greedy = (torch.tensor(column) for column in zip(*results, strict=True))
-    episodes = recipe.episodes * torch.arange(1, recipe.iterations + 1)
-    return Runs(recipe, episodes, seconds, rewards, sampled, greedy)
+    per_point = max(1, starts // recipe.prompts)  # iterations, without which a curve shows how hard their starts are
+    points = rewards.shape[1] // per_point
+    episodes = recipe.episodes * per_point * torch.arange(1, points + 1)
+    means = rewards[:, : points * per_point].unflatten(1, (points, per_point)).mean(2)
+    return Runs(recipe, episodes, seconds[:, per_point - 1 :: per_point], means, sampled, greedy)
 
 
 def table_of(runs: list[Runs], title: str) -> Table:
@@ -126,7 +130,7 @@ def plot(runs: list[Runs], floor: float, path: Path) -> None:
     for axes, label in ((left, "episodes"), (right, "seconds, loading included")):
         axes.axhline(floor, linestyle="--", color="tab:gray", label="random walks")
         axes.set(xlabel=label, ylim=(0.0, 1.02))
-    left.set_ylabel("mean score of an iteration's episodes")
+    left.set_ylabel("mean score of the episodes")
     right.legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -60,8 +60,16 @@ def test_the_comparison_leaves_a_table_and_a_plot(tmp_path, capsys, monkeypatch)
 def test_the_numbers_of_the_table_are_means_over_seeds_with_the_lowest_beside_them():
     recipe = dataclasses.replace(training.GRPO, iterations=3, prompts=100, name="mine")
     runs = randomwalks_algorithms._runs(
-        recipe, [([0.1, 0.2, 0.3], [1.0, 2.0, 3.0], 0.5, 0.75), ([0.3, 0.4, 0.7], [1.0, 2.0, 5.0], 0.75, 0.25)]
+        recipe, 20, [([0.1, 0.2, 0.3], [1.0, 2.0, 3.0], 0.5, 0.75), ([0.3, 0.4, 0.7], [1.0, 2.0, 5.0], 0.75, 0.25)]
     )
     (row,) = zip(*(column._cells for column in randomwalks_algorithms.table_of([runs], "").columns), strict=True)
     # 700 episodes an iteration: 0.2, 0.3 and 0.5 are the means of the three.
     assert row == ("mine", "0.200", "0.300", "0.500", "2,100", "0.625 (0.500)", "0.500 (0.250)", "4.0")
+
+
+def test_a_curve_has_a_point_where_all_starts_have_been_learnt_from():
+    recipe = dataclasses.replace(training.GRPO, iterations=4, prompts=10)
+    runs = randomwalks_algorithms._runs(recipe, 20, [([0.25, 0.75, 0.5, 1.0], [1.0, 2.0, 3.0, 4.0], 0.5, 0.5)])
+    assert runs.rewards.tolist() == [[0.5, 0.75]]
+    assert runs.episodes.tolist() == [140, 280]
+    assert runs.seconds.tolist() == [[2.0, 4.0]]
