@@ -40,3 +40,19 @@ def test_the_code_of_the_readme_runs_as_written(tmp_path, monkeypatch, capsys):
     difference = out.transformer.wte.weight - model.transformer.wte.weight
     assert 0 < difference.abs().max() < 0.1
     assert list(tmp_path.glob("lightning_logs/version_*/events.*"))
+
+
+LIMITS = ["limit_train_batches=1", "limit_val_batches=1", "limit_predict_batches=1", "max_epochs=1", "accelerator=cpu"]
+LIMITS += ["devices=1", "num_sanity_val_steps=0", "val_check_interval=1.0", "enable_progress_bar=false"]
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatch):
+    from lightning_rlhf.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^    lightning-rlhf (.+)$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        main([*command.split(), *(f"--trainer.{limit}" for limit in LIMITS)])
+    assert len((tmp_path / "outputs/randomwalks/ppo/responses.jsonl").read_text().splitlines()) == 20
