@@ -227,6 +227,7 @@ class ManualModule(RLHFModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Looks whether a checkpoint was missed within the iteration."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
         warn_of_missed_checkpoints(self.trainer, type(self).__name__, self._updates_before)
 
     def configure_callbacks(self) -> list[Callback]:

@@ -21,8 +21,9 @@ LONG = {"max_epochs": 3}
 
 @pytest.fixture(autouse=True)
 def _handlers():
-    """Lightning leaves SIGINT ignored when it was interrupted."""
+    """Lightning leaves SIGINT ignored when it was interrupted, and a shell does for what runs in its background."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
