@@ -61,7 +61,7 @@ class Offline(Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """After a step."""
-        self.gate.wait(rows_of(batch))
+        self.gate.wait(rows_of(batch), optimise=self.gate.since_start())
 
 
 def rows_of(batch: Any) -> list[tuple[int, int]]:

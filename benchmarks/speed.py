@@ -115,18 +115,20 @@ def lines_of(results: Sequence[Result], rate: float) -> list[list[str]]:
     return lines
 
 
-def markdown(lines: Sequence[Sequence[str]], facts: Sequence[str]) -> str:
-    """A table for a README.
+def markdown_table(lines: Sequence[Sequence[str]], facts: Sequence[str]) -> str:
+    """A table for a page of text.
 
     Args:
-        lines: Cells, line by line.
+        lines: Cells, line by line; the first are headings.
         facts: Sentences to go below it.
 
     Returns:
         The text.
     """
-    table = [HEADINGS, ["---"] * len(HEADINGS), *lines]
-    return "\n".join(["| " + " | ".join(line) + " |" for line in table] + ["", *facts, ""])
+    heading, *rest = lines
+    return "\n".join(
+        ["| " + " | ".join(line) + " |" for line in [heading, ["---"] * len(heading), *rest]] + ["", *facts, ""]
+    )
 
 
 def facts_of(results: Sequence[Result], rate: float, threads: int) -> list[str]:
@@ -234,7 +236,7 @@ def report(done: Sequence[Sequence[Result]], rate: float, options: argparse.Name
         "results": [result.summary(rate) for results in done for result in results],
     }
     (options.output / f"{name}.json").write_text(json.dumps(everything, indent=1))
-    (options.output / f"{name}.md").write_text(markdown(lines, facts))
+    (options.output / f"{name}.md").write_text(markdown_table([HEADINGS, *lines], facts))
     console.print(f"written to {options.output / name}.json and .md")
 
 

@@ -43,7 +43,7 @@ class Waits(TrainerCallback):
         if state.global_step % self.steps:
             return
         if self.scored is None:
-            self.gate.wait(self.rows)
+            self.gate.wait(self.rows, optimise=self.gate.since_start())
         else:
             score = self.scored - self.gate.phases["generate"]
             self.gate.wait(self.rows, score=score, optimise=self.gate.since_start() - self.scored)
@@ -219,7 +219,7 @@ def sft(case: Case, gate: Gate) -> None:
         prompts = inputs["attention_mask"].sum(1) - responses
         waits.rows = list(zip(prompts.tolist(), responses.tolist(), strict=True))
 
-    gate.timed(trainer, "training_step", "optimise", learnt)
+    gate.timed(trainer, "training_step", "training_step", learnt)
     trainer.train()
 
 

@@ -203,6 +203,9 @@ def save(folder: Path, size: Size, lengths: Lengths, seed: int = 0) -> None:
         lengths: Whether responses end by EOS or are all cut off.
         seed: Of the weights.
     """
+    from transformers import logging
+
+    logging.disable_progress_bar()
     network(size, lengths, seed).save_pretrained(folder)
     tokenizer(size).save_pretrained(folder)
 
