@@ -59,4 +59,4 @@ bench-randomwalks: $(INSTALLED) ## learn random walks beside a plain loop
 
 clean: ## remove builds and caches; .venv and the output of runs stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path "./.venv*" -prune -o -name __pycache__ -type d -exec rm -rf {} +

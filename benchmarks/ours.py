@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks import workload
 from benchmarks.worker import Gate
 from benchmarks.workload import Case
-from lightning_rlhf import ConversationDataModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
+from lightning_rlhf import ConversationDataModule, GRPOModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
 
 
 class Online(Callback):
@@ -104,8 +104,6 @@ def module_of(case: Case) -> L.LightningModule:
     }
     if case.row == "ppo":
         return PPOModule(spec, kl_coef=workload.KL_COEF, gamma=1.0, gae_lambda=0.95, **shared)
-    from lightning_rlhf import GRPOModule
-
     return GRPOModule(spec, group_size=case.group_size, kl_coef=0.0, **shared)
 
 
