@@ -63,13 +63,13 @@ def pythons_of(row: str, systems: Sequence[str]) -> dict[str, Path]:
     return {name: python for name, python in found.items() if python is not None and (not systems or name in systems)}
 
 
-def cells(result: Result, rate: float, slowest: float) -> list[str]:
+def cells(result: Result, rate: float, baseline: float) -> list[str]:
     """A line of the table.
 
     Args:
         result: Of a system.
         rate: Of matrix products, in GFLOP a second.
-        slowest: Median seconds of the system that it is compared with.
+        baseline: Median seconds of the system that it is compared with, the last one of its row.
 
     Returns:
         A text for each of :data:`HEADINGS`.
@@ -83,7 +83,7 @@ def cells(result: Result, rate: float, slowest: float) -> list[str]:
         result.system,
         f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
         *phases,
-        f"{slowest / median(seconds):.2f}",
+        f"{baseline / median(seconds):.2f}",
         f"{result.response_length:.0f}",
         f"{result.tokens / median(seconds):.0f}",
         f"{100 * (result.share(rate) or 0.0):.0f} %",
@@ -102,15 +102,15 @@ def lines_of(results: Sequence[Result], rate: float) -> list[list[str]]:
     Returns:
         Cells, line by line.
     """
-    slowest = median(results[-1].seconds())
-    lines = [cells(result, rate, slowest) for result in results]
+    baseline = median(results[-1].seconds())
+    lines = [cells(result, rate, baseline) for result in results]
     for result in results:
         if result.seconds("reward_model"):
             pairs = zip(result.seconds(), result.seconds("reward_model"), strict=True)
             without = median(whole - reward for whole, reward in pairs)
             line = [""] * len(HEADINGS)
             line[1:3] = f"{result.system}, no reward network", f"{without:.2f}"
-            line[HEADINGS.index("times as fast")] = f"{slowest / without:.2f}"
+            line[HEADINGS.index("times as fast")] = f"{baseline / without:.2f}"
             lines.append(line)
     return lines
 
