@@ -16,10 +16,10 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint check format bench clean
+.PHONY: help install demo test lint check format bench bench-envs bench-randomwalks clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv, with everything that the other targets need
 
@@ -48,9 +48,15 @@ format: $(INSTALLED) ## let ruff rewrite the files
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(INSTALLED) ## measure speed and memory of the random walks
+bench: $(INSTALLED) ## measure speed and memory, beside TRL where bench-envs put it; the small network, a few minutes
+	$(BIN)/python -m benchmarks.speed ppo grpo sft generate --iterations 3 --attempts 4
+
+bench-envs: $(INSTALLED) ## make the environments that bench measures TRL in
+	$(BIN)/python -m benchmarks.environments --torch-index '$(TORCH_INDEX)'
+
+bench-randomwalks: $(INSTALLED) ## learn random walks beside a plain loop
 	$(BIN)/python -m benchmarks.randomwalks
 
 clean: ## remove builds and caches; .venv and the output of runs stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path "./.venv*" -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,122 @@
+"""A process of its own for every system, which makes one iteration when it is told to and sleeps otherwise.
+
+It reads ``go`` from its standard input and answers each iteration with a line of JSON on its standard output; whatever
+the system prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TextIO
+
+import torch
+
+from benchmarks.machine import peak_memory
+from benchmarks.workload import Case
+
+SYSTEMS = {
+    "ours": "benchmarks.ours",
+    "transformers": "benchmarks.transformers_rows",
+    "trl": "benchmarks.trl_rows",
+}
+"""The module that runs each system; its ``RUNS`` say how, row by row."""
+
+_NAMED = ("torch", "transformers", "lightning", "trl", "accelerate")
+
+
+class Gate:
+    """Where a run waits between its iterations.
+
+    Args:
+        commands: From which ``go`` is read.
+        replies: To which what is known of an iteration is written.
+        phases: Seconds of what :meth:`timed` watches, in the present iteration.
+    """
+
+    def __init__(self, commands: TextIO, replies: TextIO) -> None:
+        self.commands = commands
+        self.replies = replies
+        self.phases: dict[str, float] = {}
+        self.started = time.perf_counter()
+
+    def timed(self, owner: Any, name: str, phase: str, look: Callable[..., None] | None = None) -> None:
+        """Replaces a function by one that adds its seconds to a phase.
+
+        Args:
+            owner: Module, class or object that has the function.
+            name: Of the function.
+            phase: That it belongs to.
+            look: Is called with what it returned, then with its arguments.
+        """
+        function = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - started
+            if look is not None:
+                look(result, *args, **kwargs)
+            return result
+
+        setattr(owner, name, watched)
+
+    def wait(self, rows: list[tuple[int, int]], **phases: float) -> None:
+        """Ends an iteration, and begins the next once told to.
+
+        Args:
+            rows: Tokens of prompt and response of every row that was read or written in it.
+            **phases: Seconds, where they are not watched.
+
+        Raises:
+            SystemExit: If there is to be no other.
+        """
+        seconds = time.perf_counter() - self.started
+        reply = {
+            "seconds": seconds,
+            **self.phases,
+            **phases,
+            "rows": rows,
+            "peak": peak_memory(),
+            "versions": _versions(),
+        }
+        self.replies.write(json.dumps(reply) + "\n")
+        self.replies.flush()
+        if self.commands.readline().strip() != "go":
+            raise SystemExit(0)
+        self.phases.clear()
+        self.started = time.perf_counter()
+
+    def since_start(self) -> float:
+        """Seconds of the present iteration so far."""
+        return time.perf_counter() - self.started
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in _NAMED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> None:
+    """Runs the system and the case that the command line names."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    system, case = sys.argv[1], Case(**json.loads(sys.argv[2]))
+    torch.set_num_threads(case.threads)
+    torch.manual_seed(0)
+    runs = importlib.import_module(SYSTEMS[system]).RUNS
+    runs[case.row](case, Gate(sys.stdin, replies))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""The work that every system is given: networks of two sizes with random weights, prompts, texts and a toy reward.
+
+It knows torch and transformers only, since it runs in every system's own environment.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+PAD, EOS, UNK = 0, 1, 2
+WORDS = 3
+"""The first token that is a word; the others are special."""
+
+BATCH = 32
+"""Responses of an online iteration; examples of an offline step."""
+
+MAX_NEW_TOKENS = 64
+"""Where a response is cut off."""
+
+MEAN_LENGTH = 24
+"""One in so many tokens is EOS where lengths are ragged."""
+
+PROMPT_TOKENS = (32, 64)
+EXAMPLE_TOKENS = (32, 96)
+LEARNING_RATE = 1e-6
+KL_COEF = 0.05
+GROUP_SIZE = 8
+
+Lengths = Literal["ragged", "full"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the network is.
+
+    Args:
+        width: Of its states.
+        layers: How many blocks.
+        heads: Of attention.
+        vocabulary: Tokens, special ones included.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    vocabulary: int
+
+    @property
+    def block_parameters(self) -> int:
+        """Weights of all blocks' matrices: 4 of width x width for attention, twice 4 for the perceptron."""
+        return self.layers * 12 * self.width**2
+
+
+SIZES = {"small": Size(256, 4, 4, 8192), "base": Size(512, 8, 8, 50257)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table, as every system is told it.
+
+    Args:
+        row: What is done: ``"ppo"``, ``"grpo"``, ``"grpo_mu"``, ``"sft"`` or ``"generate"``.
+        size: A key of :data:`SIZES`.
+        lengths: Of responses.
+        folder: With the network and the tokenizer to begin from.
+        threads: Of torch.
+        iterations: For so many there must be data, the one of warm-up included.
+        num_layers_unfrozen: What trains, for systems that can freeze layers.
+    """
+
+    row: str
+    size: str
+    lengths: Lengths
+    folder: str
+    threads: int
+    iterations: int
+    num_layers_unfrozen: int = -1
+
+    @property
+    def network(self) -> Size:
+        """The size itself."""
+        return SIZES[self.size]
+
+    @property
+    def group_size(self) -> int:
+        """Responses to a prompt."""
+        return GROUP_SIZE if self.row.startswith("grpo") else 1
+
+    @property
+    def epochs(self) -> int:
+        """How often an iteration learns from a response."""
+        return 4 if self.row in ("ppo", "grpo_mu") else 1
+
+    @property
+    def minibatch_size(self) -> int:
+        """Responses of an optimizer step."""
+        return 8 if self.row in ("ppo", "grpo_mu") else BATCH
+
+    def prompts(self) -> list[str]:
+        """Prompts of all iterations."""
+        return prompts(self.network, self.iterations * BATCH // self.group_size)
+
+    def examples(self) -> list[dict[str, str]]:
+        """Examples of all steps."""
+        return examples(self.network, self.iterations * BATCH)
+
+
+def config(size: Size) -> GPT2Config:
+    """A GPT-2 without dropout, 512 positions, the head tied to the embedding.
+
+    Args:
+        size: Of the network.
+
+    Returns:
+        Its config.
+    """
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        vocab_size=size.vocabulary,
+        n_embd=size.width,
+        n_layer=size.layers,
+        n_head=size.heads,
+        n_positions=512,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+
+
+def network(size: Size, lengths: Lengths, seed: int = 0) -> GPT2LMHeadModel:
+    """Random weights, and an EOS that does not depend on the text.
+
+    One coordinate behind the last norm is a constant 8, which the head's row of EOS reads, and nothing else reads or
+    writes: EOS has one probability in all contexts, 1/24 where lengths are ragged and none where they are full.
+
+    Args:
+        size: Of the network.
+        lengths: Whether responses end by EOS or are all cut off.
+        seed: Of the weights.
+
+    Returns:
+        The network.
+    """
+    from transformers import GPT2LMHeadModel
+
+    constant = 8.0
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(config(size)).eval()
+        norm, rows = model.transformer.ln_f, model.lm_head.weight
+        norm.weight[-1] = 0.0
+        norm.bias[-1] = constant
+        rows[:, -1] = 0.0
+        rows[EOS] = 0.0
+        # The other logits are normal around 0: a state of length sqrt(width - 1) times rows of known spread.
+        spread = model.config.initializer_range * math.sqrt(size.width - 1)
+        others = math.log(size.vocabulary) + spread**2 / 2  # of their masses' sum
+        rows[EOS, -1] = (others - math.log(MEAN_LENGTH - 1) if lengths == "ragged" else -40.0) / constant
+    return model
+
+
+def tokenizer(size: Size) -> PreTrainedTokenizerFast:
+    """Words ``w3 w4 ...`` between spaces, one a token, padded left.
+
+    Args:
+        size: Of the network.
+
+    Returns:
+        The tokenizer.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    words = [*special.values(), *(f"w{i}" for i in range(WORDS, size.vocabulary))]
+    tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokens, padding_side="left", clean_up_tokenization_spaces=False, **special
+    )
+
+
+def save(folder: Path, size: Size, lengths: Lengths, seed: int = 0) -> None:
+    """Writes network and tokenizer, for all systems to begin from.
+
+    Args:
+        folder: To write to.
+        size: Of the network.
+        lengths: Whether responses end by EOS or are all cut off.
+        seed: Of the weights.
+    """
+    from transformers import logging
+
+    logging.disable_progress_bar()
+    network(size, lengths, seed).save_pretrained(folder)
+    tokenizer(size).save_pretrained(folder)
+
+
+def prompts(size: Size, count: int, seed: int = 0) -> list[str]:
+    """Prompts of 32 to 64 random words, uniform.
+
+    Args:
+        size: Of the network.
+        count: How many.
+        seed: The same seed gives the same prompts, and a larger count goes on with them.
+
+    Returns:
+        The prompts.
+    """
+    draw = random.Random(f"prompts {seed}")
+    return [_text(draw, size, PROMPT_TOKENS) for _ in range(count)]
+
+
+def examples(size: Size, count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Such prompts, and responses of 32 to 96 random tokens, EOS included, to imitate.
+
+    Args:
+        size: Of the network.
+        count: How many.
+        seed: The same seed gives the same examples, and a larger count goes on with them.
+
+    Returns:
+        Dicts of ``prompt`` and ``response``; the EOS is left for the systems to put there.
+    """
+    draw = random.Random(f"examples {seed}")
+    lowest, highest = EXAMPLE_TOKENS
+    rows = []
+    for _ in range(count):
+        prompt = _text(draw, size, PROMPT_TOKENS)
+        rows.append({"prompt": prompt, "response": _text(draw, size, (lowest - 1, highest - 1))})
+    return rows
+
+
+def reward(responses: Sequence[Sequence[int]], size: Size) -> list[float]:
+    """Scores each response by the share of its tokens in the lower half of the vocabulary.
+
+    Args:
+        responses: Token ids.
+        size: Of the network.
+
+    Returns:
+        A number from 0 to 1 each.
+    """
+    return [sum(token < size.vocabulary // 2 for token in row) / max(len(row), 1) for row in responses]
+
+
+def length_of(response: Any) -> int:
+    """How many tokens of a response count: those up to its first EOS, with it.
+
+    Args:
+        response: Token ids, whatever follows the EOS.
+
+    Returns:
+        The length.
+    """
+    ids = [int(token) for token in response]
+    return ids.index(EOS) + 1 if EOS in ids else len(ids)
+
+
+def _text(draw: random.Random, size: Size, tokens: tuple[int, int]) -> str:
+    return " ".join(f"w{draw.randrange(WORDS, size.vocabulary)}" for _ in range(draw.randint(*tokens)))

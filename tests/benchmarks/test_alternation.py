@@ -1,0 +1,152 @@
+"""Who is measured, who waits, and which iterations count."""
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import environments, speed
+from benchmarks.alternation import Result, chosen, measure
+from benchmarks.machine import Clock, matrix_rate, peak_memory
+from benchmarks.useful import work
+from benchmarks.worker import Gate
+from benchmarks.workload import SIZES, Case, save
+
+CASE = Case("ppo", "small", "full", "", 1, 4)
+
+
+def iteration(seconds=1.0, others=0.0, rows=((10, 5),), **phases):
+    return {"seconds": seconds, "others": others, "rows": rows, "peak": 1.0, "versions": {"torch": "2"}, **phases}
+
+
+def proc(folder: Path, busy: list[int], own: list[int]) -> Path:
+    """A folder as Linux has it, in seconds: user, nice, system, idle, waiting, irq, softirq, steal; user and system."""
+    (folder / "7").mkdir(parents=True, exist_ok=True)
+    (folder / "stat").write_text("cpu  " + " ".join(str(100 * s) for s in busy) + " 0 0\ncpu0 1 2 3\n")
+    fields = ["S", *["0"] * 10, *(str(100 * s) for s in own), *["0"] * 30]
+    (folder / "7" / "stat").write_text(f"7 (a name) with ) {' '.join(fields)}\n")
+    return folder
+
+
+def test_others_are_what_the_cores_did_less_the_process_and_idling_is_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.machine._TICKS", 100)
+    before = Clock.read(7, proc(tmp_path, [10, 0, 5, 100, 9, 0, 0, 1], [3, 1]))
+    after = Clock.read(7, proc(tmp_path, [30, 1, 6, 900, 99, 0, 0, 2], [20, 2]))
+    after = Clock(before.wall + 10.0, after.busy, after.own)
+    assert after.others_since(before) == pytest.approx((20 + 1 + 1 + 1 - 18) / 10)
+
+
+def test_where_nothing_is_known_of_others_nobody_is_in_the_way(tmp_path):
+    assert Clock.read(7, tmp_path).others_since(Clock.read(7, tmp_path)) == 0.0
+
+
+def test_the_memory_is_this_process_s_own_peak():
+    before = peak_memory()
+    block = bytearray(200 * 2**20)
+    block[::4096] = b"x" * len(block[::4096])
+    assert peak_memory() >= max(before, 0.2)
+    del block
+
+
+def test_a_matrix_rate_is_two_operations_per_multiplication():
+    assert 0.1 < matrix_rate(1, repeats=3, n=128) < 5000
+
+
+def test_disturbed_iterations_do_not_count():
+    made = [iteration(1), iteration(9, others=0.9), iteration(2), iteration(3), iteration(4)]
+    result = chosen(Result("ours", CASE), made, count=3, others_allowed=0.25)
+    assert (result.seconds(), result.dropped, result.disturbed) == ([1, 2, 3], 1, 0)
+
+
+def test_on_a_machine_that_is_never_quiet_the_least_disturbed_count_and_it_is_said():
+    made = [iteration(1, others=1.5), iteration(2, others=0.3), iteration(3), iteration(4, others=0.8)]
+    result = chosen(Result("ours", CASE), made, count=3, others_allowed=0.25)
+    assert (result.seconds(), result.dropped, result.disturbed) == ([3, 2, 4], 1, 2)
+
+
+def test_a_gate_waits_to_be_told_and_times_only_what_lies_between():
+    class Told(io.StringIO):
+        def readline(self):
+            time.sleep(0.3)  # the others' turn
+            return super().readline()
+
+    replies = io.StringIO()
+    gate = Gate(Told("go\nstop\n"), replies)
+    toy = SimpleNamespace(work=lambda seconds: time.sleep(seconds) or "done")
+    seen = []
+    gate.timed(toy, "work", "generate", lambda result, seconds: seen.append((result, seconds)))
+    toy.work(0.2)
+    gate.wait([(1, 2)])
+    toy.work(0.02)
+    toy.work(0.03)
+    with pytest.raises(SystemExit):
+        gate.wait([(3, 4)], score=5.0)
+    first, second = map(json.loads, replies.getvalue().splitlines())
+    assert seen == [("done", 0.2), ("done", 0.02), ("done", 0.03)]
+    assert second["generate"] == pytest.approx(0.05, abs=0.1)
+    assert second["seconds"] < 0.25
+    assert (first["rows"], second["rows"], second["score"]) == ([[1, 2]], [[3, 4]], 5.0)
+    assert second["versions"].keys() >= {"python", "torch", "transformers", "lightning"}
+
+
+def test_the_share_of_the_matrix_rate_is_useful_work_over_time():
+    result = Result("ours", CASE, [iteration(2.0, generate=0.5)])
+    useful = work(CASE, "ours", [(10, 5)])
+    assert result.share(100.0) == pytest.approx(sum(useful.values()) / 2.0 / 100.0)
+    assert result.share(100.0, "generate") == pytest.approx(useful["generate"] / 0.5 / 100.0)
+    assert result.share(100.0, "score") is None
+
+
+def test_a_row_of_the_table_says_how_much_faster_and_leaves_out_the_reward_network_once():
+    ours = Result("ours", CASE, [iteration(2.0), iteration(4.0), iteration(3.0)])
+    trl = Result("trl", CASE, [iteration(9.0, reward_model=1.5)], dropped=2)
+    lines = [dict(zip(speed.HEADINGS, line, strict=True)) for line in speed.lines_of([ours, trl], 100.0)]
+    assert [line["system"] for line in lines] == ["ours", "trl", "trl, no reward network"]
+    assert lines[0]["seconds (min to max)"] == "3.00 (2.00 to 4.00)"
+    assert [line["times as fast"] for line in lines] == ["3.00", "1.00", "1.20"]
+    assert lines[1]["iterations"] == "1, 2 dropped"
+    table = speed.markdown_table([speed.HEADINGS, *map(dict.values, lines)], ["A fact."])
+    assert len(table.splitlines()) == 2 + 3 + 2
+
+
+def test_only_environments_made_to_their_end_are_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    assert speed.pythons_of("ppo", []) == {"ours": Path(sys.executable)}
+    (tmp_path / ".venv-trl-ppo").mkdir()
+    assert "trl" not in speed.pythons_of("ppo", [])
+    (tmp_path / ".venv-trl-ppo" / ".installed").write_text("1.12.0")
+    assert speed.pythons_of("ppo", [])["trl"] == tmp_path / ".venv-trl-ppo" / "bin" / "python"
+    assert "trl" not in speed.pythons_of("grpo", [])
+    assert list(speed.pythons_of("generate", [])) == ["ours", "transformers"]
+    assert list(speed.pythons_of("ppo", ["trl"])) == ["trl"]
+
+
+@pytest.mark.parametrize("arguments", [["sft", "--unfrozen", "2"], ["ppo", "--iterations", "5", "--attempts", "4"]])
+def test_what_cannot_be_measured_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        speed.parsed(arguments)
+    assert arguments[1] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_systems_take_turns_on_the_same_prompts(tmp_path):
+    save(tmp_path, SIZES["small"], "full")
+    case = Case("generate", "small", "full", str(tmp_path), 1, iterations=3)
+    python = Path(sys.executable)
+    results = measure(case, {"ours": python, "transformers": python}, 1, 1, float("inf"), tmp_path)
+    assert [result.system for result in results] == ["ours", "transformers"]
+    ours, transformers = (result.iterations[0]["rows"] for result in results)
+    assert ours == transformers
+    assert {response for _, response in ours} == {64}
+    assert all(0.1 < result.peak < 4 for result in results)
+
+
+@pytest.mark.slow
+def test_a_system_that_fails_says_why(tmp_path):
+    case = Case("generate", "small", "full", str(tmp_path / "nothing"), 1, iterations=3)
+    with pytest.raises(RuntimeError, match="`transformers` stopped"):
+        measure(case, {"transformers": Path(sys.executable)}, 1, 1, float("inf"), tmp_path)
