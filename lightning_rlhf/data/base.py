@@ -118,8 +118,9 @@ class RLHFDataModule(L.LightningDataModule, ABC):
         return functools.partial(self._held_out_loader, "validation", "validate")
 
     def setup(self, stage: str) -> None:
-        """Misses the validation data, as the other loaders do theirs."""
-        if stage == "validate" and "validation" not in self.held_out:
+        """Misses the validation data, as the other loaders do theirs, unless a subclass has its own."""
+        has_own = type(self).val_dataloader is not RLHFDataModule.val_dataloader
+        if stage == "validate" and "validation" not in self.held_out and not has_own:
             self._held_out_loader("validation", "validate")
 
     def test_dataloader(self) -> DataLoader:

@@ -68,7 +68,8 @@ def project(tmp_path_factory):
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     network(tiny_gpt2()).save_pretrained(folder / "policy")
     word_tokenizer().save_pretrained(folder / "policy")
-    return folder
+    yield folder
+    sys.modules.pop("my_reward", None)  # other tests count on its not being there
 
 
 @pytest.fixture(autouse=True)
