@@ -155,7 +155,7 @@ def main(args: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     task = RandomWalks(options.graph_seed)
     runs = run_all(task, options.seeds, options.algorithms)
-    title = f"Random walks, graph {task.seed}: mean over {len(options.seeds)} seeds (the lowest)"
+    title = f"Random walks, graph {task.seed}: mean over seeds {', '.join(map(str, options.seeds))} (the lowest)"
     console = Console(width=max(120, Console().width))
     console.print(table_of(runs, title))
     plot(runs, task.random_walk_mean(), options.output)
