@@ -19,7 +19,7 @@ from benchmarks.workload import Case
 from lightning_rlhf import ConversationDataModule, GRPOModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
 
 
-class Online(Callback):
+class WaitsAfterIterations(Callback):
     """Waits after every iteration, and knows what was written in it.
 
     Args:
@@ -47,7 +47,7 @@ class Online(Callback):
         )
 
 
-class Offline(Callback):
+class WaitsAfterSteps(Callback):
     """Waits after every optimizer step.
 
     Args:
@@ -141,7 +141,7 @@ def online(case: Case, gate: Gate) -> None:
         case: What is done.
         gate: Where to wait between them.
     """
-    fit(case, module_of(case), Online(gate))
+    fit(case, module_of(case), WaitsAfterIterations(gate))
 
 
 def offline(case: Case, gate: Gate) -> None:
@@ -151,7 +151,7 @@ def offline(case: Case, gate: Gate) -> None:
         case: What is done.
         gate: Where to wait between them.
     """
-    fit(case, module_of(case), Offline(gate))
+    fit(case, module_of(case), WaitsAfterSteps(gate))
 
 
 def generate(case: Case, gate: Gate) -> None:
