@@ -82,7 +82,8 @@ class Policy(nn.Module):
         """Log-probs, entropies and values of responses.
 
         Args:
-            batch: Prompts and responses; what lies in the padding changes nothing.
+            batch: Prompts and responses; what lies in the padding changes nothing. Where it holds a ``trunk``, what the
+                decoder's frozen blocks made of it, these are not run.
             with_values: Whether the value head, if there is one, is asked too.
 
         Returns:
@@ -98,7 +99,8 @@ class Policy(nn.Module):
         # it must not be numbered: behind a long prompt the model may have no more positions.
         mask = response_inputs(batch.prompt_mask, torch.ones_like(batch.response_mask))
         positions = positions_of(response_inputs(batch.prompt_mask, batch.response_mask))
-        output = self.decoder(tokens, mask, keep=batch.response_tokens.shape[1], positions=positions)
+        trunk = getattr(batch, "trunk", None)
+        output = self.decoder(tokens, mask, keep=batch.response_tokens.shape[1], positions=positions, trunk=trunk)
         logprobs, entropy = response_logprobs(output.logits, targets, self.temperature)
         values = self.value_head(output.states) if with_values and self.value_head is not None else None
         return PolicyOutput(logprobs, entropy, values)
