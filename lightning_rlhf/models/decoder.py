@@ -124,8 +124,12 @@ class Decoder(nn.Module):
                     output = self.model(input_ids=tokens, **arguments)
         finally:
             handle.remove()
-        cache = output.past_key_values if use_cache else None
-        return DecoderOutput(output.logits[:, -keep:], states[-1][:, -keep:], cache, trunk)
+        kept = output.past_key_values if use_cache else None
+        if cache is None and kept is not None:
+            from lightning_rlhf.models.cache import give_room  # imports transformers, which is there by now
+
+            give_room(kept)
+        return DecoderOutput(output.logits[:, -keep:], states[-1][:, -keep:], kept, trunk)
 
     @torch.no_grad()
     def probe(self) -> None:
