@@ -46,9 +46,7 @@ class OnlineModule(PromptEvaluation, ManualModule):
         reward_scaling: After clipping, divides scores by the standard deviation of all scores so far (``"running"``)
             or of the first iteration (``"first"``); the mean is never taken off.
         missing_eos_penalty: Taken off the score of a response that was cut off, before clipping.
-<<<<<<< HEAD
         metric_fn: Called in evaluation as a reward is; returns a dict of numbers, which are logged under their names.
-=======
         trunk_gib: Memory, in GiB and per process, that what frozen blocks made of an iteration's tokens may take. It is
             kept so that they run once; where it would take more they run in every pass, with the same result.
         **kwargs: Passed to :class:`ManualModule` (epochs and minibatches, averaging, clipping) and :class:`RLHFModule`
