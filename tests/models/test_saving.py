@@ -49,7 +49,7 @@ def test_the_folder_loads_alone_with_the_same_logits(name: str, tmp_path: Path) 
     saved = dict(module.policy.decoder.model.named_parameters())
     assert all(torch.equal(parameter, saved[name]) for name, parameter in model.named_parameters())
     # To rounding: it has the activations as transformers writes them out.
-    assert_close(logits(model), logits(module.policy.decoder.model), rtol=0, atol=1e-6)
+    assert_close(logits(model), logits(module.policy.decoder.model), rtol=0, atol=1e-5)
     assert float(logits(model).std()) > 0.01
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
