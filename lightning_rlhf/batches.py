@@ -71,6 +71,8 @@ class Rollouts(PromptBatch):
         values: Read at the state before each token.
         final_values: Value of the state after the last token of a response that was cut off, else 0.
         kept_mass: Probability of what top-k, top-p and min-new-tokens left to draw from.
+        trunk: What the lowest block that trains reads, at all tokens but the last, of prompt and response; None where
+            nothing is frozen, or nothing is kept.
     """
 
     response_tokens: Int[Tensor, "batch response"]
@@ -82,6 +84,7 @@ class Rollouts(PromptBatch):
     values: Float[Tensor, "batch response"] | None = None
     final_values: Float[Tensor, " batch"] | None = None
     kept_mass: Float[Tensor, "batch response"] | None = None
+    trunk: Float[Tensor, "batch joined width"] | None = None
 
     def trimmed(self) -> Self:
         """The same rows without the columns in which every row is padded."""
@@ -95,6 +98,8 @@ class Rollouts(PromptBatch):
                 return Scores(total=value.total, by_name=value.by_name, token_scores=tokens)
             if not isinstance(value, Tensor) or value.dim() < 2:
                 return value
+            if name == "trunk":
+                return value[:, self.prompt_tokens.shape[1] - prompt :][:, : prompt + response - 1]
             return value[:, -prompt:] if name.startswith("prompt") else value[:, :response]
 
         return type(self)(**{f.name: trim(f.name, getattr(self, f.name)) for f in fields(self)})

@@ -34,21 +34,22 @@ def response_logprobs(
     logits: Float[Tensor, "*shape vocabulary"],
     response_tokens: Int[Tensor, "*shape"],
     temperature: float = 1.0,
-    chunk_size: int = 8192,
+    chunk_size: int = 2**19,
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     r"""Log-probability of every response token, and entropy of the distribution that it was drawn from.
 
     .. math:: \log \pi(a_t | s_t), \qquad -\sum_a \pi(a | s_t) \log \pi(a | s_t)
 
-    with :math:`\pi` the softmax of logits / temperature, computed in at least single precision and in chunks of the
-    vocabulary: neither pass makes a full single-precision copy of half-precision logits.
+    with :math:`\pi` the softmax of logits / temperature, computed in at least single precision and in chunks of tokens
+    that stay in the cache. Of single-precision logits the softmax is kept for the gradient; of half-precision ones
+    neither pass makes a full single-precision copy: the gradient computes it anew, chunk by chunk.
 
     Args:
         logits: At the positions that predict the response, as :func:`response_inputs` gives them: entry ``t`` belongs
             to response token ``t``.
         response_tokens: What was written.
         temperature: What logits are divided by.
-        chunk_size: How many tokens of the vocabulary are looked at at once.
+        chunk_size: How many logits are looked at at once, but at least those of one token.
 
     Returns:
         Log-probs and entropies in nats, both with gradients.
@@ -64,47 +65,59 @@ def response_logprobs(
 
 
 class _ResponseLogprobs(torch.autograd.Function):
-    """Softmax statistics by chunks of the vocabulary, twice: once forward, once for the gradient."""
+    """Softmax statistics in chunks of tokens."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, chunk_size: int) -> tuple[Tensor, Tensor]:
-        peak = logits.amax(-1, keepdim=True).to(torch.promote_types(logits.dtype, torch.float32))
-        total = torch.zeros_like(peak)
-        weighted = torch.zeros_like(peak)
-        for chunk in logits.split(chunk_size, dim=-1):
-            shifted = (chunk.to(peak.dtype) - peak) / temperature
-            mass = shifted.exp()
-            total += mass.sum(-1, keepdim=True)
-            weighted += _zero_where_impossible(mass, mass * shifted).sum(-1, keepdim=True)
-        log_total = total.log()
-        entropy = log_total - weighted / total
-        logprobs = (logits.gather(-1, tokens[..., None]).to(peak.dtype) - peak) / temperature - log_total
-        ctx.save_for_backward(logits, tokens, peak, log_total, entropy)
-        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        vocabulary = logits.shape[-1]
+        flat, chosen = logits.reshape(-1, vocabulary), tokens.reshape(-1, 1)
+        rows = max(1, chunk_size // vocabulary)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        # In the shape in which they are returned: FSDP2 warns of outputs that are views.
+        outputs = [torch.empty(tokens.shape, dtype=dtype, device=logits.device) for _ in range(2)]
+        logprobs, entropy = (output.view(-1) for output in outputs)
+        keeps_probs = dtype == logits.dtype and ctx.needs_input_grad[0]
+        probs = torch.empty_like(flat) if keeps_probs else None
+        for start in range(0, len(flat), rows):
+            part = slice(start, start + rows)
+            shifted = _shifted(flat[part], temperature)
+            mass = shifted.softmax(-1)
+            log_top = mass.amax(-1).log()  # of the likeliest token, whose shifted logit is 0
+            logprobs[part] = shifted.gather(-1, chosen[part]).squeeze(-1) + log_top
+            # 0 log 0 is 0: what cannot be drawn adds nothing, although its logit is minus infinity.
+            finite = shifted.clamp_(min=torch.finfo(dtype).min)
+            entropy[part] = -torch.linalg.vecdot(mass, finite) - log_top
+            if probs is not None:
+                probs[part] = mass
+        ctx.save_for_backward(flat if probs is None else probs, chosen, outputs[1])
+        ctx.temperature, ctx.rows, ctx.keeps_probs, ctx.shape = temperature, rows, keeps_probs, logits.shape
         ctx.set_materialize_grads(False)
-        return torch.squeeze_copy(logprobs, -1), torch.squeeze_copy(entropy, -1)  # no views, of which FSDP2 warns
+        return outputs[0], outputs[1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        logits, tokens, peak, log_total, entropy = ctx.saved_tensors
-
-        def gradient(part: Tensor, chosen: float) -> Tensor:
-            logprobs = (part.to(peak.dtype) - peak) / ctx.temperature - log_total
-            probs = logprobs.exp()
-            total = torch.zeros_like(probs)
+        kept, chosen, entropy = ctx.saved_tensors
+        entropy = entropy.reshape(-1, 1)
+        grad = torch.empty_like(kept)
+        for start in range(0, len(kept), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            probs = kept[part] if ctx.keeps_probs else _shifted(kept[part], ctx.temperature).softmax(-1)
+            total = torch.zeros_like(probs[:, :1])
             if grad_logprobs is not None:
-                total += grad_logprobs[..., None] * (chosen - probs)
+                total = grad_logprobs.reshape(-1, 1)[part] / ctx.temperature
+            gradient = torch.mul(probs, -total, out=grad[part] if ctx.keeps_probs else None)
+            gradient.scatter_add_(-1, chosen[part], total)
             if grad_entropy is not None:
-                total -= grad_entropy[..., None] * _zero_where_impossible(probs, probs * (logprobs + entropy))
-            return (total / ctx.temperature).to(logits.dtype)
-
-        chunks = [gradient(chunk, 0.0) for chunk in logits.split(ctx.chunk_size, dim=-1)]
-        grad = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-1)
-        grad.scatter_(-1, tokens[..., None], gradient(logits.gather(-1, tokens[..., None]), 1.0))
-        return grad, None, None, None
+                scale = grad_entropy.reshape(-1, 1)[part] / ctx.temperature
+                gradient -= scale * (torch.xlogy(probs, probs) + probs * entropy[part])
+            if not ctx.keeps_probs:
+                grad[part] = gradient
+        return grad.view(ctx.shape), None, None, None
 
 
-def _zero_where_impossible(probs: Tensor, terms: Tensor) -> Tensor:
-    """0 log 0 is 0: what cannot be drawn adds nothing, although its logit is minus infinity."""
-    return torch.where(probs > 0, terms, 0.0)
+def _shifted(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over temperature, in at least single precision, the largest of every row at 0."""
+    shifted = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    shifted = shifted - shifted.amax(-1, keepdim=True)
+    return shifted if temperature == 1.0 else shifted.div_(temperature)

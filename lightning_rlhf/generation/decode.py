@@ -29,6 +29,7 @@ class Decoded:
         values: Of the states before the tokens; None without a value head.
         final_values: Of the state after the last token where the response was cut off, else 0; None if not asked for.
         kept_mass: Probability of what there was to draw from; None where everything was.
+        trunk: What the lowest block that trains read, at all tokens but the last; None where it was not to be kept.
     """
 
     tokens: Int[Tensor, "batch response"]
@@ -38,6 +39,7 @@ class Decoded:
     values: Float[Tensor, "batch response"] | None
     final_values: Float[Tensor, " batch"] | None
     kept_mass: Float[Tensor, "batch response"] | None
+    trunk: Float[Tensor, "batch joined width"] | None = None
 
 
 class DecodeLoop:
@@ -53,6 +55,7 @@ class DecodeLoop:
         stopping: Says of response tokens, (batch, so far), which rows just completed a stop string;
             transformers' ``StopStringCriteria``.
         with_final_values: Whether to read the value after the last token of responses that are cut off.
+        trunk_bytes: Memory that the states of frozen blocks may take; more are not kept.
     """
 
     def __init__(
@@ -62,12 +65,14 @@ class DecodeLoop:
         special: SpecialTokens,
         stopping: Any = None,
         with_final_values: bool = False,
+        trunk_bytes: int = 0,
     ) -> None:
         self.policy = policy
         self.sampling = sampling
         self.special = special
         self.stopping = stopping
         self.with_final_values = with_final_values
+        self.trunk_bytes = trunk_bytes
 
     @torch.no_grad()
     def __call__(
@@ -105,6 +110,7 @@ class DecodeLoop:
         if group_size > 1:
             text.repeat(group_size)
             step = step.repeated(group_size)
+        trunk = _TrunkColumns(step.trunk, self.sampling.max_new_tokens, self.trunk_bytes)
         for t in range(self.sampling.max_new_tokens):
             tokens, logprobs, kept = draw(
                 step.logits, uniforms[rows, t], self.sampling, self._forbidden(t, step.logits)
@@ -127,11 +133,12 @@ class DecodeLoop:
                 if cache is not None:
                     cache.batch_select_indices(index)
             step = self._read(text, cache)
+            trunk.write(t, rows, step.trunk)
 
         out.truncated[rows[alive]] = True
         if self.with_final_values and step.values is not None and bool(alive.any()):
             out.final_values[rows[alive]] = step.values[alive].to(out.final_values.dtype)
-        return out.decoded(self.with_final_values)
+        return out.decoded(self.with_final_values, trunk)
 
     def _read(self, text: _Text, cache: Any) -> NextToken:
         return self.policy.next_token(text.tokens if cache is None else text.tokens[:, -1:], text.mask, cache)
@@ -198,7 +205,7 @@ class _Columns:
             self.with_values = True
             self.values[rows, t] = values[alive].float()
 
-    def decoded(self, with_final_values: bool) -> Decoded:
+    def decoded(self, with_final_values: bool, trunk: _TrunkColumns) -> Decoded:
         """The columns that were written."""
         n = self.length
         return Decoded(
@@ -209,4 +216,27 @@ class _Columns:
             values=self.values[:, :n] if self.with_values else None,
             final_values=self.final_values if with_final_values else None,
             kept_mass=self.kept_mass[:, :n] if self.with_kept_mass else None,
+            trunk=trunk.first(n),
         )
+
+
+class _TrunkColumns:
+    """What frozen blocks made of the prompt and of every token, unless that takes too much memory."""
+
+    def __init__(self, prompt: Tensor | None, length: int, limit: int) -> None:
+        self.states: Tensor | None = None
+        if prompt is None:
+            return
+        batch, self.width, channels = prompt.shape  # the width of the prompt
+        if batch * (self.width + length - 1) * channels * prompt.element_size() <= limit:
+            self.states = prompt.new_zeros(batch, self.width + length - 1, channels)
+            self.states[:, : self.width] = prompt
+
+    def write(self, t: int, rows: Tensor, states: Tensor | None) -> None:
+        """Adds what was made of token t, the last one that was read."""
+        if self.states is not None and states is not None and self.width + t < self.states.shape[1]:
+            self.states[rows, self.width + t] = states[:, -1]
+
+    def first(self, length: int) -> Tensor | None:
+        """Of the prompt and of all but the last of so many tokens."""
+        return None if self.states is None else self.states[:, : self.width + length - 1]

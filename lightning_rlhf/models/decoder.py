@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_rlhf.models.blocks import Blocks, find_blocks
+from lightning_rlhf.models.trunk import Trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,11 +26,13 @@ class DecoderOutput:
         logits: As the model gives them, soft caps and all.
         states: What its language-modelling head read.
         cache: Keys and values so far, or None where the model keeps none.
+        trunk: What the lowest block that trains read, at all positions; None where nothing is kept.
     """
 
     logits: Float[Tensor, "batch positions vocabulary"]
     states: Float[Tensor, "batch positions width"]
     cache: Any = None
+    trunk: Float[Tensor, "batch new trunk"] | None = None
 
 
 class Decoder(nn.Module):
@@ -42,6 +45,8 @@ class Decoder(nn.Module):
         caches: Whether it can be decoded from a cache, token by token.
         pads: Whether left padding leaves its logits alone.
         blocks: Where it can be cut; None where that is not known.
+        trunk: The frozen blocks below those that train, whose work can be kept; None where there are none, or where
+            the model cannot begin in its middle.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -51,6 +56,7 @@ class Decoder(nn.Module):
         self.caches = {"past_key_values", "use_cache"} <= self.accepted
         self.pads = "attention_mask" in self.accepted
         self.blocks: Blocks | None = None
+        self.trunk: Trunk | None = None
 
     @property
     def width(self) -> int:
@@ -71,6 +77,7 @@ class Decoder(nn.Module):
         cache: Any = None,
         use_cache: bool = False,
         positions: Int[Tensor, "batch new"] | None = None,
+        trunk: Float[Tensor, "batch new trunk"] | None = None,
     ) -> DecoderOutput:
         """Reads tokens, after those in the cache if there is one.
 
@@ -81,9 +88,10 @@ class Decoder(nn.Module):
             cache: From an earlier call.
             use_cache: Whether the output should hold a cache.
             positions: Of the tokens that are read; by default those that the mask counts.
+            trunk: What an earlier call returned for these tokens; the frozen blocks are then not run.
 
         Returns:
-            Logits, states and cache.
+            Logits, states, cache, and the trunk if it can be kept.
         """
         arguments: dict[str, Any] = {
             "attention_mask": mask.long(),
@@ -105,12 +113,23 @@ class Decoder(nn.Module):
 
         handle = self.model.get_output_embeddings().register_forward_pre_hook(read)
         try:
-            output = self.model(input_ids=tokens, **arguments)
+            if self.trunk is None:
+                output = self.model(input_ids=tokens, **arguments)
+            elif trunk is None:
+                with self.trunk.watched(self.model) as seen:
+                    output = self.model(input_ids=tokens, **arguments)
+                trunk = seen[-1]
+            else:
+                with self.trunk.replaced(self.model, trunk):
+                    output = self.model(input_ids=tokens, **arguments)
         finally:
             handle.remove()
-        return DecoderOutput(
-            output.logits[:, -keep:], states[-1][:, -keep:], output.past_key_values if use_cache else None
-        )
+        kept = output.past_key_values if use_cache else None
+        if cache is None and kept is not None:
+            from lightning_rlhf.models.cache import give_room  # imports transformers, which is there by now
+
+            give_room(kept)
+        return DecoderOutput(output.logits[:, -keep:], states[-1][:, -keep:], kept, trunk)
 
     @torch.no_grad()
     def probe(self) -> None:
@@ -174,6 +193,34 @@ class Decoder(nn.Module):
         for top in self.blocks.top(num_layers_unfrozen) if num_layers_unfrozen else ():
             for parameter in self.model.get_submodule(top).parameters():
                 parameter.requires_grad_(parameter is not embedding and parameter.is_floating_point())
+        if 0 < num_layers_unfrozen < len(self.blocks.blocks):
+            branch = len(self.blocks.blocks) - num_layers_unfrozen
+            self._keep_trunk(Trunk(self.blocks.blocks[:branch], self.blocks.blocks[branch]))
+
+    def _keep_trunk(self, trunk: Trunk) -> None:
+        """Tries on padded rows whether a pass may begin with kept states of some of them."""
+        tokens, mask = self.sample()
+        tokens, mask = torch.cat([tokens, tokens.flip(1)]), torch.cat([mask, mask])
+        mask[0, 0] = not self.pads
+        was_training = self.training
+        self.eval()
+        try:
+            with trunk.learning_forms(self.model), torch.no_grad():
+                self(tokens, mask, keep=2)
+            self.trunk = trunk
+            whole = self(tokens, mask, keep=2)
+            assert whole.trunk is not None
+            begun = self(tokens[1:], mask[1:], keep=2, trunk=whole.trunk[1:])
+            keeps = not whole.trunk.requires_grad and _same(begun.logits, whole.logits[1:])
+        except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError):
+            keeps = False  # whatever a forward that does not fit stumbles over
+        finally:
+            self.train(was_training)
+        if not keeps:
+            self.trunk = None
+            rank_zero_warn(
+                f"{type(self.model).__name__} cannot begin in its middle: its frozen blocks run in every pass."
+            )
 
     def _pads(self, tokens: Tensor, plain: Tensor) -> bool:
         padded = torch.cat([tokens.new_zeros(1, 3), tokens], dim=1)

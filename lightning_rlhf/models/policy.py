@@ -42,11 +42,13 @@ class NextToken(NamedTuple):
         logits: Before division by the temperature.
         values: Of the state before it; None without a value head.
         cache: What the next step needs; None where the whole text is read again.
+        trunk: What the lowest block that trains read, at the tokens that were read now; None where nothing is kept.
     """
 
     logits: Float[Tensor, "batch vocabulary"]
     values: Float[Tensor, " batch"] | None
     cache: Any
+    trunk: Float[Tensor, "batch new width"] | None = None
 
     def repeated(self, times: int) -> NextToken:
         """So many copies of every row, one after the other; the cache is repeated in place.
@@ -59,8 +61,12 @@ class NextToken(NamedTuple):
         """
         if self.cache is not None:
             self.cache.batch_repeat_interleave(times)
-        values = None if self.values is None else self.values.repeat_interleave(times, 0)
-        return NextToken(self.logits.repeat_interleave(times, 0), values, self.cache)
+        logits, values, trunk = (
+            None if tensor is None else tensor.repeat_interleave(times, 0)
+            for tensor in (self.logits, self.values, self.trunk)
+        )
+        assert logits is not None
+        return NextToken(logits, values, self.cache, trunk)
 
 
 class Policy(nn.Module):
@@ -82,7 +88,8 @@ class Policy(nn.Module):
         """Log-probs, entropies and values of responses.
 
         Args:
-            batch: Prompts and responses; what lies in the padding changes nothing.
+            batch: Prompts and responses; what lies in the padding changes nothing. Where it holds a ``trunk``, what the
+                decoder's frozen blocks made of it, these are not run.
             with_values: Whether the value head, if there is one, is asked too.
 
         Returns:
@@ -98,7 +105,8 @@ class Policy(nn.Module):
         # it must not be numbered: behind a long prompt the model may have no more positions.
         mask = response_inputs(batch.prompt_mask, torch.ones_like(batch.response_mask))
         positions = positions_of(response_inputs(batch.prompt_mask, batch.response_mask))
-        output = self.decoder(tokens, mask, keep=batch.response_tokens.shape[1], positions=positions)
+        trunk = getattr(batch, "trunk", None)
+        output = self.decoder(tokens, mask, keep=batch.response_tokens.shape[1], positions=positions, trunk=trunk)
         logprobs, entropy = response_logprobs(output.logits, targets, self.temperature)
         values = self.value_head(output.states) if with_values and self.value_head is not None else None
         return PolicyOutput(logprobs, entropy, values)
@@ -150,4 +158,4 @@ class Policy(nn.Module):
         """
         output = self.decoder(tokens, mask, keep=1, cache=cache, use_cache=self.decoder.caches)
         values = None if self.value_head is None else self.value_head(output.states)[:, 0]
-        return NextToken(output.logits[:, 0], values, output.cache)
+        return NextToken(output.logits[:, 0], values, output.cache, output.trunk)

@@ -22,6 +22,7 @@ from lightning_rlhf.chance import derived_seed
 from lightning_rlhf.data.base import RLHFDataModule, run_seed
 from lightning_rlhf.data.settled import count_logged, go_on_with_a_new_epoch, settle
 from lightning_rlhf.generation.sampling import Sampling, SamplingChanges
+from lightning_rlhf.models.activations import fuse_activations
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.dropout import DropoutValues, disable_dropout, original_dropout
 from lightning_rlhf.models.heads import ValueHead
@@ -144,6 +145,7 @@ class RLHFModule(EvaluatedModule):
         if not spec.is_named and self._trainer is not None:
             take_over(model, self._trainer.strategy.root_device)  # an object need not be the same everywhere
         fit_embeddings(model, self.tokenizer)
+        fuse_activations(model)
         if self.disable_dropout:
             self._dropout += disable_dropout(model)
         decoder = Decoder(model)

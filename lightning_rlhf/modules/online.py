@@ -47,6 +47,8 @@ class OnlineModule(PromptEvaluation, ManualModule):
             or of the first iteration (``"first"``); the mean is never taken off.
         missing_eos_penalty: Taken off the score of a response that was cut off, before clipping.
         metric_fn: Called in evaluation as a reward is; returns a dict of numbers, which are logged under their names.
+        trunk_gib: Memory, in GiB and per process, that what frozen blocks made of an iteration's tokens may take. It is
+            kept so that they run once; where it would take more they run in every pass, with the same result.
         **kwargs: Passed to :class:`ManualModule` (epochs and minibatches, averaging, clipping) and :class:`RLHFModule`
             (tokenizer, dropout, seed, optimizer and schedule).
     """
@@ -67,6 +69,7 @@ class OnlineModule(PromptEvaluation, ManualModule):
         reward_scaling: RewardScaling | None = None,
         missing_eos_penalty: float | None = None,
         metric_fn: MetricLike | None = None,
+        trunk_gib: float = 4.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
@@ -94,6 +97,9 @@ class OnlineModule(PromptEvaluation, ManualModule):
         self.kl_coef = kl_coef
         self.kl_in = kl_in
         self.scaled = ScoreScaler(reward_clip, reward_scaling, missing_eos_penalty)
+        if not trunk_gib >= 0:
+            raise ValueError(f"`trunk_gib={trunk_gib}` must not be negative; 0 keeps nothing.")
+        self.trunk_gib = trunk_gib
         self.with_final_values = False
         self._began: dict[str, Any] | None = None  # how the iteration that is under way did, None between two
 
@@ -147,7 +153,8 @@ class OnlineModule(PromptEvaluation, ManualModule):
         group = self.responses_per_prompt
         rows = [((i // group) * world_size() + rank()) * group + i % group for i in range(len(prompts) * group)]
         uniforms = row_uniforms(self.seed, "rollout", (self.iteration,), rows, self.sampling.max_new_tokens)
-        return self.respond(prompts, uniforms, self.sampling, self.with_final_values, group)
+        trunk_bytes = int(self.trunk_gib * 2**30)
+        return self.respond(prompts, uniforms, self.sampling, self.with_final_values, group, trunk_bytes)
 
     def score(self, rollouts: Rollouts) -> Scores:
         """Calls the rewards on this process's rows. If one fails anywhere, all processes stop.

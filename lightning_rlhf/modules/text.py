@@ -59,6 +59,7 @@ class TextModule(Remembering, L.LightningModule, ABC):
         sampling: Sampling,
         with_final_values: bool = False,
         group_size: int = 1,
+        trunk_bytes: int = 0,
     ) -> Decoded:
         """Writes responses with the policy as it is, dropout off.
 
@@ -69,11 +70,13 @@ class TextModule(Remembering, L.LightningModule, ABC):
             sampling: How tokens are drawn.
             with_final_values: Whether to read the value after the last token of responses that are cut off.
             group_size: Responses to each prompt.
+            trunk_bytes: Memory that kept states of frozen blocks may take.
 
         Returns:
             The responses, those to a prompt one after the other.
         """
-        loop = DecodeLoop(self.policy, sampling, self.special_tokens, self._criteria(sampling.stop), with_final_values)
+        stopping = self._criteria(sampling.stop)
+        loop = DecodeLoop(self.policy, sampling, self.special_tokens, stopping, with_final_values, trunk_bytes)
         was_training = self.policy.training
         self.policy.eval()
         try:
@@ -89,6 +92,7 @@ class TextModule(Remembering, L.LightningModule, ABC):
         sampling: Sampling,
         with_final_values: bool = False,
         group_size: int = 1,
+        trunk_bytes: int = 0,
     ) -> Rollouts:
         """Writes responses to every prompt of a batch.
 
@@ -98,12 +102,19 @@ class TextModule(Remembering, L.LightningModule, ABC):
             sampling: How tokens are drawn.
             with_final_values: Whether to read the value after the last token of responses that are cut off.
             group_size: Responses to each prompt.
+            trunk_bytes: Memory that kept states of frozen blocks may take.
 
         Returns:
             What was written, the responses to a prompt one after the other.
         """
         decoded = self.decode(
-            prompts.prompt_tokens, prompts.prompt_mask, uniforms, sampling, with_final_values, group_size
+            prompts.prompt_tokens,
+            prompts.prompt_mask,
+            uniforms,
+            sampling,
+            with_final_values,
+            group_size,
+            trunk_bytes,
         )
         if group_size > 1:
             prompts = prompts.select(torch.arange(len(prompts)).repeat_interleave(group_size))
@@ -121,6 +132,7 @@ class TextModule(Remembering, L.LightningModule, ABC):
             values=decoded.values,
             final_values=decoded.final_values,
             kept_mass=decoded.kept_mass,
+            trunk=decoded.trunk,
         )
 
     def texts(self, tokens: Tensor, mask: Tensor) -> list[str]:

@@ -48,7 +48,8 @@ def distances(kl_in, beta, iterations=40, **arguments):
 @pytest.mark.invariant(35)
 @pytest.mark.parametrize("beta", [0.5, 0.2])
 def test_grpo_converges_to_the_optimum_of_kl_regularised_rl(beta):
-    start, end = distances("reward", beta)
+    # With half as many iterations, what is left of the noise of sampling depends on the seed: 0.003 to 0.03.
+    start, end = distances("reward", beta, iterations=80)
     assert start > 0.5
     assert end < 0.01
 

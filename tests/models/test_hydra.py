@@ -146,7 +146,9 @@ def test_a_trunk_that_holds_what_trains_cannot_be_shared() -> None:
     model.transformer.word_embeddings_layernorm.weight = model.transformer.ln_f.weight
     decoder = Decoder(model)
     decoder.probe()
-    decoder.freeze(1)
+    with pytest.warns(UserWarning, match="BloomForCausalLM cannot begin in its middle"):
+        decoder.freeze(1)
+    assert decoder.trunk is None
     policy = Policy(decoder, value_head=ValueHead(decoder.width)).eval()
     with pytest.warns(UserWarning, match="BloomForCausalLM cannot be split into a frozen trunk and what trains"):
         reference = reference_of(policy, is_named=True)

@@ -92,7 +92,7 @@ def test_an_object_is_copied_and_never_trained() -> None:
     module.configure_model()
     copied = module.policy.decoder.model
     assert same_weights(copied, model)
-    assert torch.equal(logits(copied.eval()), logits(model))
+    assert_close(logits(copied.eval()), logits(model), rtol=0, atol=1e-5)  # activations of one operator
     with torch.no_grad():
         for parameter in module.policy.parameters():
             parameter.add_(1.0)

@@ -1,0 +1,102 @@
+"""The frozen lower blocks of a decoder, whose work is done once per rollout and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_rlhf.models.blocks import swapped
+
+
+class Trunk:
+    """Where a decoder begins to train, and how to begin there.
+
+    In the list of blocks the frozen ones are swapped for stand-ins, the first of which returns the states that were
+    kept; then the model's own forward runs, with its own masks, positions, final norm and head.
+
+    Args:
+        frozen: Names of the blocks below, in order.
+        branch: Name of the lowest block that trains.
+    """
+
+    def __init__(self, frozen: tuple[str, ...], branch: str) -> None:
+        self.frozen = frozen
+        self.branch = branch
+        self.forms: dict[str, tuple[type, int]] = {}  # what each frozen block returns, and how long it is
+
+    @contextmanager
+    def watched(self, model: nn.Module) -> Iterator[list[Tensor]]:
+        """Listens for what the lowest block that trains reads.
+
+        Args:
+            model: The decoder's.
+
+        Yields:
+            A list, to which every forward pass adds its states.
+        """
+        seen: list[Tensor] = []
+
+        def read(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(_states(args, kwargs))
+
+        handle = model.get_submodule(self.branch).register_forward_pre_hook(read, with_kwargs=True)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def learning_forms(self, model: nn.Module) -> Iterator[None]:
+        """Looks in what form the frozen blocks return their states: alone, or first in a tuple or list.
+
+        Args:
+            model: The decoder's.
+        """
+
+        def learn(name: str, output: Any) -> None:
+            self.forms[name] = (type(output), 1 if isinstance(output, Tensor) else len(output))
+
+        handles = [
+            model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: learn(name, output))
+            for name in self.frozen
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def replaced(self, model: nn.Module, states: Tensor) -> AbstractContextManager[None]:
+        """Lets a forward pass begin with kept states.
+
+        Args:
+            model: The decoder's.
+            states: What :meth:`watched` saw, any rows and columns of it.
+
+        Returns:
+            A context in which the pass is made.
+        """
+        standins = {name: _StandIn(*self.forms[name]) for name in self.frozen}
+        standins[self.frozen[0]].kept = states.contiguous()
+        return swapped(model, standins)
+
+
+class _StandIn(nn.Module):
+    """Hands on what it gets, or states that were kept, in the form in which a block returns them."""
+
+    def __init__(self, form: Any, length: int) -> None:
+        super().__init__()
+        self.form = form
+        self.length = length
+        self.kept: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        states = _states(args, kwargs) if self.kept is None else self.kept
+        return states if issubclass(self.form, Tensor) else self.form([states, *[None] * (self.length - 1)])
+
+
+def _states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
