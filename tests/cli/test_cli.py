@@ -268,7 +268,7 @@ def test_a_console_script_finds_the_working_folder(project):
         ),
         ({"trainer.callbacks.0.class_path": "RewardLoger"}, "`RewardLoger` is no class that is known: did you mean `R"),
         ({"model.class_path": "PPOModul"}, "`PPOModul` is no class that is known: did you mean `PPOModule`?"),
-        ({"data.class_path": "Mine"}, "`Mine` is no class that is known: one of your own is named with its module"),
+        ({"data.class_path": "Xyzzyx"}, "`Xyzzyx` is no class that is known: one of your own is named with "),
         (
             {"model.init_args.optimizer.init_args.lrr": 1},
             "`lrr` is no argument of AdamW: did you mean `lr`?",
