@@ -118,7 +118,9 @@ def draw(
         something was left out, the probability of what was left to draw from.
     """
     shifted = logits.float()
-    shifted = (shifted - shifted.amax(1, keepdim=True)) / (sampling.temperature or 1.0)  # (batch, vocabulary)
+    shifted = shifted - shifted.amax(1, keepdim=True)  # (batch, vocabulary)
+    if sampling.temperature not in (0.0, 1.0):
+        shifted = shifted / sampling.temperature
     mass = shifted.exp()
     total = mass.sum(1)
     peak = torch.zeros_like(total)

@@ -23,8 +23,8 @@ class DecoderOutput:
     """What a model says about the positions that were asked for.
 
     Attributes:
-        logits: As the model gives them, soft caps and all.
-        states: What its language-modelling head read.
+        logits: As the model gives them, soft caps and all; of chosen positions (1, chosen, vocabulary).
+        states: What its language-modelling head read; of chosen positions (1, chosen, width).
         cache: Keys and values so far, or None where the model keeps none.
         trunk: What the lowest block that trains read, at all positions; None where nothing is kept.
     """
@@ -44,6 +44,7 @@ class Decoder(nn.Module):
     Attributes:
         caches: Whether it can be decoded from a cache, token by token.
         pads: Whether left padding leaves its logits alone.
+        chooses: Whether its head may be given single positions, and need not read the padding.
         blocks: Where it can be cut; None where that is not known.
         trunk: The frozen blocks below those that train, whose work can be kept; None where there are none, or where
             the model cannot begin in its middle.
@@ -55,6 +56,7 @@ class Decoder(nn.Module):
         self.accepted = frozenset(inspect.signature(model.forward).parameters)
         self.caches = {"past_key_values", "use_cache"} <= self.accepted
         self.pads = "attention_mask" in self.accepted
+        self.chooses = True
         self.blocks: Blocks | None = None
         self.trunk: Trunk | None = None
 
@@ -78,6 +80,7 @@ class Decoder(nn.Module):
         use_cache: bool = False,
         positions: Int[Tensor, "batch new"] | None = None,
         trunk: Float[Tensor, "batch new trunk"] | None = None,
+        chosen: Bool[Tensor, "batch keep"] | None = None,
     ) -> DecoderOutput:
         """Reads tokens, after those in the cache if there is one.
 
@@ -89,6 +92,7 @@ class Decoder(nn.Module):
             use_cache: Whether the output should hold a cache.
             positions: Of the tokens that are read; by default those that the mask counts.
             trunk: What an earlier call returned for these tokens; the frozen blocks are then not run.
+            chosen: True at those of the last ``keep`` positions that the head is to read; all by default.
 
         Returns:
             Logits, states, cache, and the trunk if it can be kept.
@@ -108,7 +112,10 @@ class Decoder(nn.Module):
         def read(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             # A slice is multiplied by another kernel where the head is frozen, and a reference would not quite be the
             # policy. (A slice of one row calls itself contiguous.)
-            states.append(inputs[0].clone(memory_format=torch.contiguous_format))
+            if chosen is None:
+                states.append(inputs[0].clone(memory_format=torch.contiguous_format))
+            else:
+                states.append(inputs[0][:, -keep:][chosen][None])  # (1, chosen, width)
             return states[-1], *inputs[1:]
 
         handle = self.model.get_output_embeddings().register_forward_pre_hook(read)
@@ -129,6 +136,8 @@ class Decoder(nn.Module):
             from lightning_rlhf.models.cache import give_room  # imports transformers, which is there by now
 
             give_room(kept)
+        if chosen is not None:
+            return DecoderOutput(output.logits, states[-1], kept, trunk)
         return DecoderOutput(output.logits[:, -keep:], states[-1][:, -keep:], kept, trunk)
 
     @torch.no_grad()
@@ -151,6 +160,8 @@ class Decoder(nn.Module):
                     f"`model={name}` looks at tokens that come later, so that it cannot write: take a causal model, or "
                     "make this one causal (BERT: `is_decoder=True` in its config)."
                 )
+            last = torch.tensor([[False, True]], device=tokens.device)
+            self.chooses = _same(self(tokens, mask, keep=2, chosen=last).logits, plain[:, 1:])
             self.pads = self.pads and self._pads(tokens, plain)
             self.caches = self.caches and self._caches(tokens, plain)
         finally:
@@ -255,5 +266,7 @@ def positions_of(mask: Bool[Tensor, "batch total"]) -> Int[Tensor, "batch total"
 def _same(logits: Tensor, expected: Tensor) -> bool:
     """Whether logits differ by rounding only, measured against their spread."""
     tolerance = 1e-3 if torch.finfo(expected.dtype).bits >= 32 else 0.1
+    if logits.shape != expected.shape:
+        return False
     logits, expected = logits.float(), expected.float()
     return bool((logits - expected).abs().max() <= tolerance * expected.std())

@@ -105,10 +105,17 @@ class Policy(nn.Module):
         # it must not be numbered: behind a long prompt the model may have no more positions.
         mask = response_inputs(batch.prompt_mask, torch.ones_like(batch.response_mask))
         positions = positions_of(response_inputs(batch.prompt_mask, batch.response_mask))
+        # The head is as wide as the vocabulary: it reads no padding if it need not.
+        chosen = batch.response_mask if self.decoder.chooses and not bool(batch.response_mask.all()) else None
         trunk = getattr(batch, "trunk", None)
-        output = self.decoder(tokens, mask, keep=batch.response_tokens.shape[1], positions=positions, trunk=trunk)
-        logprobs, entropy = response_logprobs(output.logits, targets, self.temperature)
+        keep = batch.response_tokens.shape[1]
+        output = self.decoder(tokens, mask, keep=keep, positions=positions, trunk=trunk, chosen=chosen)
+        read = targets if chosen is None else targets[chosen][None]
+        logprobs, entropy = response_logprobs(output.logits, read, self.temperature)
         values = self.value_head(output.states) if with_values and self.value_head is not None else None
+        if chosen is not None:
+            logprobs, entropy = _spread(logprobs, chosen), _spread(entropy, chosen)
+            values = None if values is None else _spread(values, chosen)
         return PolicyOutput(logprobs, entropy, values)
 
     def check_padding(self, prompt_mask: Bool[Tensor, "batch prompt"]) -> None:
@@ -159,3 +166,10 @@ class Policy(nn.Module):
         output = self.decoder(tokens, mask, keep=1, cache=cache, use_cache=self.decoder.caches)
         values = None if self.value_head is None else self.value_head(output.states)[:, 0]
         return NextToken(output.logits[:, 0], values, output.cache, output.trunk)
+
+
+def _spread(
+    values: Float[Tensor, "1 chosen"], chosen: Bool[Tensor, "batch response"]
+) -> Float[Tensor, "batch response"]:
+    """Puts values back to the positions that they are of, 0 elsewhere."""
+    return torch.zeros(chosen.shape, dtype=values.dtype, device=values.device).masked_scatter(chosen, values)

@@ -42,7 +42,7 @@ class Reference:
             The reference.
         """
         decoder = Decoder(copy.deepcopy(policy.decoder.model))
-        for name in ("pads", "caches", "blocks"):
+        for name in ("pads", "caches", "chooses", "blocks"):
             setattr(decoder, name, getattr(policy.decoder, name))
         return cls(Policy(decoder, policy.temperature), is_named)
 

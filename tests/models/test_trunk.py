@@ -121,3 +121,46 @@ def test_activations_of_one_operator_are_the_same_functions(name: str) -> None:
     assert "NewGELUActivation" not in kinds
     fused = [module for module in model.modules() if isinstance(module, nn.GELU)]
     assert bool(fused) == (name in ("gpt2", "gptj", "gpt_neo", "openai_gpt", "phi"))
+
+
+@pytest.mark.filterwarnings("ignore:OpenAIGPTLMHeadModel cannot be decoded from a cache")
+@pytest.mark.invariant(8, 15, 30)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_head_reads_no_padding_and_nothing_else_changes(name: str) -> None:
+    policy = policy_of(deep(name), -1, temperature=0.7)
+    assert policy.decoder.chooses
+    rows: list[int] = []
+    head = policy.decoder.model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[:-1].numel()))
+    batch = rollouts()
+    mask = batch.response_mask
+    few = policy(batch)
+    policy.decoder.chooses = False
+    all_of_them = policy(batch)
+    handle.remove()
+    assert rows == [int(mask.sum()), mask.numel()]
+    for part in ("logprobs", "entropy", "values"):
+        assert_close(getattr(few, part)[mask], getattr(all_of_them, part)[mask], **CLOSE)
+        assert not getattr(few, part)[~mask].any()
+    expected = gradients(policy, all_of_them, mask)
+    for key, gradient in gradients(policy, few, mask).items():
+        assert_close(gradient, expected[key], rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_wants_all_positions_gets_them() -> None:
+    from lightning_rlhf.models.decoder import Decoder
+
+    class Centred(nn.Linear):
+        """Looks at all positions of a row."""
+
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(states)
+            return logits - 0.5 * logits.cumsum(1)
+
+    model = network(tiny_gpt2(tie_word_embeddings=False))
+    model.lm_head.__class__ = Centred
+    decoder = Decoder(model)
+    decoder.pads = decoder.caches = False
+    with pytest.warns(UserWarning, match="cannot be"):
+        decoder.probe()
+    assert not decoder.chooses
