@@ -61,10 +61,10 @@ def online(cls: type, policy: Any = None, **arguments: Any) -> Any:
 
 ALGORITHMS: dict[str, Any] = {
     "ppo": functools.partial(online, PPOModule, reward_scaling="running", micro_batch_size=1),
-    "ppo_hydra": lambda **more: online(PPOModule, policy_of(2), reward_scaling="running", **more),
+    "ppo_hydra": lambda **more: online(PPOModule, policy_of(2, layers=6), reward_scaling="running", **more),
     "ppo_loss": functools.partial(online, PPOModule, kl_in="loss", kl_estimator="k2", averaging="responses"),
     "grpo": functools.partial(online, GRPOModule, group_size=3, micro_batch_size=2),
-    "grpo_hydra": lambda **more: online(GRPOModule, policy_of(2), group_size=4, divide_by_std=False, **more),
+    "grpo_hydra": lambda **more: online(GRPOModule, policy_of(2, layers=6), group_size=4, divide_by_std=False, **more),
     # Scores of two or three values: in many groups all are equal, and nothing else has a gradient.
     "grpo_silent": functools.partial(
         online, GRPOModule, group_size=2, kl_coef=0.0, reward_clip=0.01, averaging="tokens", micro_batch_size=1
@@ -264,7 +264,7 @@ def resumed(strategy: str, folder: Path) -> dict[str, Any]:
         callbacks = [keep] if place is None else []
         both.append(
             fit(
-                online(PPOModule, policy_of(2), reward_scaling="running", lr_scheduler="linear"),
+                online(PPOModule, policy_of(2, layers=6), reward_scaling="running", lr_scheduler="linear"),
                 PromptDataModule(PROMPTS, batch_size=2, seed=3),
                 strategy,
                 ckpt_path=place and folder / place,
