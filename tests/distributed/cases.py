@@ -254,7 +254,7 @@ def added_up(strategy: str, folder: Path) -> list[float]:
     return local.norms
 
 
-def resumed(strategy: str, folder: Path) -> dict[str, Any]:
+def resumed_by(build: Any, strategy: str, folder: Path) -> dict[str, Any]:
     """A run of four iterations, and one that goes on from the middle of its second epoch."""
     both = []
     for place in (None, "kept/step=6.ckpt"):
@@ -264,7 +264,7 @@ def resumed(strategy: str, folder: Path) -> dict[str, Any]:
         callbacks = [keep] if place is None else []
         both.append(
             fit(
-                online(PPOModule, policy_of(2, layers=6), reward_scaling="running", lr_scheduler="linear"),
+                build(reward_scaling="running", lr_scheduler="linear"),
                 PromptDataModule(PROMPTS, batch_size=2, seed=3),
                 strategy,
                 ckpt_path=place and folder / place,
@@ -274,6 +274,11 @@ def resumed(strategy: str, folder: Path) -> dict[str, Any]:
             )
         )
     return {"whole": both[0], "rest": both[1]}
+
+
+resumed = functools.partial(resumed_by, functools.partial(online, PPOModule, policy_of(2, layers=6)))
+resumed_whole = functools.partial(resumed_by, functools.partial(online, PPOModule))
+resumed_grpo = functools.partial(resumed_by, functools.partial(online, GRPOModule, group_size=4))
 
 
 def gathered(strategy: str, folder: Path) -> list[int]:
@@ -412,6 +417,8 @@ OF_TWO = [
     "filled_up",
     "plain_loader",
     "resumed",
+    "resumed_whole",
+    "resumed_grpo",
     "told_to_end",
     "failing_too_few",
     "failing_not_a_number",

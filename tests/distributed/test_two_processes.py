@@ -149,8 +149,9 @@ def test_gradients_are_added_up_on_each_process_and_exchanged_once(two):
 
 
 @pytest.mark.invariant(36)
-def test_a_resumed_run_equals_an_uninterrupted_one(two):
-    for result in both(two, "resumed"):
+@pytest.mark.parametrize("name", ["resumed", "resumed_whole", "resumed_grpo"])
+def test_a_resumed_run_equals_an_uninterrupted_one(two, name):
+    for result in both(two, name):
         whole, rest = result["whole"], result["rest"]
         assert len(rest["experiences"]) == 1
         assert rest["experiences"] == whole["experiences"][3:]
