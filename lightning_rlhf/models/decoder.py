@@ -138,7 +138,7 @@ class Decoder(nn.Module):
             give_room(kept)
         if chosen is not None:
             return DecoderOutput(output.logits, states[-1], kept, trunk)
-        return DecoderOutput(output.logits[:, -keep:], states[-1][:, -keep:], kept, trunk)
+        return DecoderOutput(_last(output.logits, keep), _last(states[-1], keep), kept, trunk)
 
     @torch.no_grad()
     def probe(self) -> None:
@@ -261,6 +261,11 @@ def positions_of(mask: Bool[Tensor, "batch total"]) -> Int[Tensor, "batch total"
         The positions.
     """
     return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _last(values: Tensor, keep: int) -> Tensor:
+    """The last positions; what has no others is no slice, whose gradient would be copied into zeros."""
+    return values if values.shape[1] == keep else values[:, -keep:]
 
 
 def _same(logits: Tensor, expected: Tensor) -> bool:

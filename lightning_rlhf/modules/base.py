@@ -141,11 +141,14 @@ class RLHFModule(EvaluatedModule):
         Returns:
             The model, ready to be called.
         """
+        from lightning_rlhf.models.linear import speed_up_linears  # imports transformers
+
         model = spec.load()
         if not spec.is_named and self._trainer is not None:
             take_over(model, self._trainer.strategy.root_device)  # an object need not be the same everywhere
         fit_embeddings(model, self.tokenizer)
         fuse_activations(model)
+        speed_up_linears(model)
         if self.disable_dropout:
             self._dropout += disable_dropout(model)
         decoder = Decoder(model)

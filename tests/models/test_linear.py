@@ -1,0 +1,115 @@
+"""Linear layers by oneDNN: the same function, the same gradients, the same names."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_rlhf.models import linear
+from lightning_rlhf.models.linear import onednn, product, speed_up_linears, suits
+
+
+@pytest.fixture
+def everything_is_large(monkeypatch):
+    monkeypatch.setattr(linear, "SMALLEST", 0)
+
+
+def layers():
+    torch.manual_seed(0)
+    plain = nn.ModuleList([nn.Linear(24, 40), nn.Linear(24, 40, bias=False), Conv1D(40, 24)])
+    nn.init.normal_(plain[2].bias)
+    fast = copy.deepcopy(plain)
+    speed_up_linears(fast)
+    return list(zip(plain, fast, strict=True))
+
+
+@pytest.mark.usefixtures("everything_is_large")
+@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 7, 24)])
+def test_outputs_and_gradients_are_those_of_double_precision(shape):
+    for plain, fast in layers():
+        plain.double()
+        x = torch.randn(shape)
+        mine, expected = x.clone().requires_grad_(), x.double().requires_grad_()
+        weights = torch.randn(*shape[:-1], 40)
+        (fast(mine) * weights).sum().backward()
+        (plain(expected) * weights).sum().backward()
+        torch.testing.assert_close(fast(x), plain(x.double()).float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine.grad, expected.grad.float(), rtol=1e-5, atol=1e-5)
+        for name, parameter in fast.named_parameters():
+            torch.testing.assert_close(
+                parameter.grad, plain.get_parameter(name).grad.float(), rtol=1e-5, atol=1e-5, msg=name
+            )
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_gradients_lie_as_their_weights_do_so_that_none_is_copied():
+    for _, fast in layers():
+        fast(torch.randn(3, 24)).sum().backward()
+        assert fast.weight.grad.stride() == fast.weight.stride()
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_what_is_frozen_gets_no_gradient_and_what_lies_below_it_does():
+    for _, fast in layers():
+        fast.requires_grad_(False)
+        x = torch.randn(3, 24, requires_grad=True)
+        fast(x).sum().backward()
+        assert fast.weight.grad is None
+        assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_a_sliced_input_is_read_where_it_lies():
+    for plain, fast in layers():
+        x = torch.randn(4, 9, 24)[:, 2:7]
+        torch.testing.assert_close(fast(x), plain(x.contiguous()), rtol=1e-5, atol=1e-5)
+
+
+def test_only_large_products_in_single_precision_on_a_cpu_are_given_to_onednn(monkeypatch):
+    x, weight = torch.randn(512, 128), torch.randn(256, 128)
+    assert suits(x, weight)
+    assert not suits(x[:1], weight)
+    assert not suits(x.double(), weight.double())
+    assert not suits(x.bfloat16(), weight.bfloat16())
+    assert not suits(x.to("meta"), weight.to("meta"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not suits(x, weight)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not suits(x, weight)
+
+
+def test_in_other_precisions_a_layer_is_what_it_was():
+    x = torch.randn(600, 128)
+    layer = nn.Linear(128, 256)
+    fast = copy.deepcopy(layer)
+    speed_up_linears(fast)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fast(x), layer(x))
+    assert torch.equal(fast.double()(x.double()), layer.double()(x.double()))
+
+
+def test_the_product_takes_the_way_of_onednn_where_it_is_large():
+    x, weight = torch.randn(512, 128), torch.randn(256, 128, requires_grad=True)
+    result = product(x, weight)
+    assert torch.equal(result, onednn(x, weight))
+    assert result.grad_fn.name() == "_ProductBackward"
+
+
+def test_names_and_weights_stay_and_copies_are_as_fast():
+    for plain, fast in layers():
+        assert type(fast) is not type(plain)
+        assert isinstance(fast, type(plain))
+        assert type(copy.deepcopy(fast)) is type(fast)
+        assert list(fast.state_dict()) == list(plain.state_dict())
+
+
+def test_layers_of_another_class_are_left_alone():
+    class Special(nn.Linear):
+        """Of somebody else, with a forward of its own."""
+
+    model = nn.Sequential(Special(4, 4), nn.Linear(4, 4))
+    speed_up_linears(model)
+    assert type(model[0]) is Special
+    assert type(model[1]) is not nn.Linear
