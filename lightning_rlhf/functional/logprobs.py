@@ -64,6 +64,63 @@ def response_logprobs(
     return _ResponseLogprobs.apply(logits, response_tokens, temperature, chunk_size)
 
 
+def read_logits(
+    logits: Tensor,
+    chosen: Tensor,
+    temperature: float,
+    rows: int,
+    logprobs: Tensor,
+    entropy: Tensor,
+    probs: Tensor | None,
+) -> None:
+    """Fills in what a softmax over logits says of tokens, so many tokens at a time.
+
+    Args:
+        logits: (tokens, vocabulary).
+        chosen: (tokens, 1), which entries are the tokens'.
+        temperature: What logits are divided by.
+        rows: Tokens that are looked at at once.
+        logprobs: (tokens,), filled.
+        entropy: (tokens,), filled, in nats.
+        probs: (tokens, vocabulary), filled where it is wanted.
+    """
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        shifted = _shifted(logits[part], temperature)
+        mass = shifted.softmax(-1)
+        log_top = mass.amax(-1).log()  # of the likeliest token, whose shifted logit is 0
+        logprobs[part] = shifted.gather(-1, chosen[part]).squeeze(-1) + log_top
+        # 0 log 0 is 0: what cannot be drawn adds nothing, although its logit is minus infinity.
+        finite = shifted.clamp_(min=torch.finfo(shifted.dtype).min)
+        entropy[part] = -torch.linalg.vecdot(mass, finite) - log_top
+        if probs is not None:
+            probs[part] = mass
+
+
+def logits_gradient(
+    probs: Tensor, chosen: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None, entropy: Tensor
+) -> Tensor:
+    """Gradient for logits over the temperature; ``probs`` is made use of and is no longer what it was.
+
+    Args:
+        probs: (tokens, entries), the softmax at some entries of the vocabulary.
+        chosen: (tokens, 1), where among the entries the tokens are; any beyond them where they are not.
+        grad_logprobs: (tokens, 1).
+        grad_entropy: (tokens, 1), or None where it is 0.
+        entropy: (tokens, 1).
+
+    Returns:
+        (tokens, entries).
+    """
+    more = None
+    if grad_entropy is not None:
+        more = torch.xlogy(probs, probs).addcmul_(probs, entropy).mul_(grad_entropy)
+    gradient = probs.mul_(-grad_logprobs)
+    inside = (chosen >= 0) & (chosen < gradient.shape[-1])
+    gradient.scatter_add_(-1, torch.where(inside, chosen, 0), torch.where(inside, grad_logprobs, 0.0))
+    return gradient if more is None else gradient.sub_(more)
+
+
 class _ResponseLogprobs(torch.autograd.Function):
     """Softmax statistics in chunks of tokens."""
 
@@ -75,20 +132,9 @@ class _ResponseLogprobs(torch.autograd.Function):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         # In the shape in which they are returned: FSDP2 warns of outputs that are views.
         outputs = [torch.empty(tokens.shape, dtype=dtype, device=logits.device) for _ in range(2)]
-        logprobs, entropy = (output.view(-1) for output in outputs)
         keeps_probs = dtype == logits.dtype and ctx.needs_input_grad[0]
         probs = torch.empty_like(flat) if keeps_probs else None
-        for start in range(0, len(flat), rows):
-            part = slice(start, start + rows)
-            shifted = _shifted(flat[part], temperature)
-            mass = shifted.softmax(-1)
-            log_top = mass.amax(-1).log()  # of the likeliest token, whose shifted logit is 0
-            logprobs[part] = shifted.gather(-1, chosen[part]).squeeze(-1) + log_top
-            # 0 log 0 is 0: what cannot be drawn adds nothing, although its logit is minus infinity.
-            finite = shifted.clamp_(min=torch.finfo(dtype).min)
-            entropy[part] = -torch.linalg.vecdot(mass, finite) - log_top
-            if probs is not None:
-                probs[part] = mass
+        read_logits(flat, chosen, temperature, rows, outputs[0].view(-1), outputs[1].view(-1), probs)
         ctx.save_for_backward(flat if probs is None else probs, chosen, outputs[1])
         ctx.temperature, ctx.rows, ctx.keeps_probs, ctx.shape = temperature, rows, keeps_probs, logits.shape
         ctx.set_materialize_grads(False)
@@ -98,22 +144,35 @@ class _ResponseLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         kept, chosen, entropy = ctx.saved_tensors
+        for_logprobs, for_entropy = token_gradients(entropy, grad_logprobs, grad_entropy, ctx.temperature)
         entropy = entropy.reshape(-1, 1)
         grad = torch.empty_like(kept)
         for start in range(0, len(kept), ctx.rows):
             part = slice(start, start + ctx.rows)
-            probs = kept[part] if ctx.keeps_probs else _shifted(kept[part], ctx.temperature).softmax(-1)
-            total = torch.zeros_like(probs[:, :1])
-            if grad_logprobs is not None:
-                total = grad_logprobs.reshape(-1, 1)[part] / ctx.temperature
-            gradient = torch.mul(probs, -total, out=grad[part] if ctx.keeps_probs else None)
-            gradient.scatter_add_(-1, chosen[part], total)
-            if grad_entropy is not None:
-                scale = grad_entropy.reshape(-1, 1)[part] / ctx.temperature
-                gradient -= scale * (torch.xlogy(probs, probs) + probs * entropy[part])
-            if not ctx.keeps_probs:
-                grad[part] = gradient
+            probs = kept[part].clone() if ctx.keeps_probs else _shifted(kept[part], ctx.temperature).softmax(-1)
+            more = None if for_entropy is None else for_entropy[part]
+            grad[part] = logits_gradient(probs, chosen[part], for_logprobs[part], more, entropy[part])
         return grad.view(ctx.shape), None, None, None
+
+
+def token_gradients(
+    entropy: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of what was returned for every token, as :func:`logits_gradient` wants them.
+
+    Args:
+        entropy: As it was returned.
+        grad_logprobs: Of the log-probs; None is 0.
+        grad_entropy: Of the entropy; None is 0.
+        temperature: What logits were divided by.
+
+    Returns:
+        (tokens, 1) each; the second is None where it is 0 everywhere, as it is where entropy is only logged.
+    """
+    for_logprobs = torch.zeros_like(entropy) if grad_logprobs is None else grad_logprobs
+    for_entropy = None if grad_entropy is None or not bool(grad_entropy.any()) else grad_entropy
+    for_entropy = None if for_entropy is None else for_entropy.reshape(-1, 1) / temperature
+    return for_logprobs.reshape(-1, 1) / temperature, for_entropy
 
 
 def _shifted(logits: Tensor, temperature: float) -> Tensor:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_rlhf.models.blocks import Blocks, find_blocks
+from lightning_rlhf.functional.head import head_logprobs
+from lightning_rlhf.functional.logprobs import response_logprobs
+from lightning_rlhf.models.blocks import Blocks
+from lightning_rlhf.models.reading import Reading, positions_of
 from lightning_rlhf.models.trunk import Trunk
 
 if TYPE_CHECKING:
@@ -23,8 +27,8 @@ class DecoderOutput:
     """What a model says about the positions that were asked for.
 
     Attributes:
-        logits: As the model gives them, soft caps and all; of chosen positions (1, chosen, vocabulary).
-        states: What its language-modelling head read; of chosen positions (1, chosen, width).
+        logits: As the model gives them, soft caps and all.
+        states: What its language-modelling head read.
         cache: Keys and values so far, or None where the model keeps none.
         trunk: What the lowest block that trains read, at all positions; None where nothing is kept.
     """
@@ -33,6 +37,21 @@ class DecoderOutput:
     states: Float[Tensor, "batch positions width"]
     cache: Any = None
     trunk: Float[Tensor, "batch new trunk"] | None = None
+
+
+@dataclass(slots=True)
+class Said:
+    """What a model says of tokens; in the shape of a reading's targets.
+
+    Attributes:
+        logprobs: Of the tokens.
+        entropy: Of the distributions that they were drawn from, in nats.
+        states: That predict them.
+    """
+
+    logprobs: Float[Tensor, ...]
+    entropy: Float[Tensor, ...]
+    states: Float[Tensor, "... width"]
 
 
 class Decoder(nn.Module):
@@ -45,6 +64,9 @@ class Decoder(nn.Module):
         caches: Whether it can be decoded from a cache, token by token.
         pads: Whether left padding leaves its logits alone.
         chooses: Whether its head may be given single positions, and need not read the padding.
+        is_plain: Whether its logits are the product of states and head, with nothing after it.
+        unpads: Whether it reads rows that lie one behind the other.
+        shares: Whether it may then read a prompt once that several rows have: not where dropout is to differ.
         blocks: Where it can be cut; None where that is not known.
         trunk: The frozen blocks below those that train, whose work can be kept; None where there are none, or where
             the model cannot begin in its middle.
@@ -57,6 +79,7 @@ class Decoder(nn.Module):
         self.caches = {"past_key_values", "use_cache"} <= self.accepted
         self.pads = "attention_mask" in self.accepted
         self.chooses = True
+        self.is_plain = self.unpads = self.shares = False
         self.blocks: Blocks | None = None
         self.trunk: Trunk | None = None
 
@@ -78,9 +101,7 @@ class Decoder(nn.Module):
         keep: int,
         cache: Any = None,
         use_cache: bool = False,
-        positions: Int[Tensor, "batch new"] | None = None,
         trunk: Float[Tensor, "batch new trunk"] | None = None,
-        chosen: Bool[Tensor, "batch keep"] | None = None,
     ) -> DecoderOutput:
         """Reads tokens, after those in the cache if there is one.
 
@@ -90,86 +111,79 @@ class Decoder(nn.Module):
             keep: For how many of the last positions logits are wanted.
             cache: From an earlier call.
             use_cache: Whether the output should hold a cache.
-            positions: Of the tokens that are read; by default those that the mask counts.
             trunk: What an earlier call returned for these tokens; the frozen blocks are then not run.
-            chosen: True at those of the last ``keep`` positions that the head is to read; all by default.
 
         Returns:
             Logits, states, cache, and the trunk if it can be kept.
         """
-        arguments: dict[str, Any] = {
-            "attention_mask": mask.long(),
-            "position_ids": positions_of(mask)[:, -tokens.shape[1] :] if positions is None else positions,
-            "logits_to_keep": keep,
-            "use_cache": use_cache,
-        }
-        if cache is not None:
-            arguments["past_key_values"] = cache
-        arguments = {name: value for name, value in arguments.items() if name in self.accepted}
-
         states: list[Tensor] = []
 
         def read(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             # A slice is multiplied by another kernel where the head is frozen, and a reference would not quite be the
             # policy. (A slice of one row calls itself contiguous.)
-            if chosen is None:
-                states.append(inputs[0].clone(memory_format=torch.contiguous_format))
-            else:
-                states.append(inputs[0][:, -keep:][chosen][None])  # (1, chosen, width)
+            states.append(inputs[0].clone(memory_format=torch.contiguous_format))
             return states[-1], *inputs[1:]
 
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(read)
-        try:
-            if self.trunk is None:
-                output = self.model(input_ids=tokens, **arguments)
-            elif trunk is None:
-                with self.trunk.watched(self.model) as seen:
-                    output = self.model(input_ids=tokens, **arguments)
-                trunk = seen[-1]
-            else:
-                with self.trunk.replaced(self.model, trunk):
-                    output = self.model(input_ids=tokens, **arguments)
-        finally:
-            handle.remove()
+        more = {} if cache is None else {"past_key_values": cache}
+        positions = positions_of(mask)[:, -tokens.shape[1] :]
+        with _hooked(self.model.get_output_embeddings(), read):
+            output, trunk = self._run(tokens, mask.long(), positions, keep, trunk, use_cache=use_cache, **more)
         kept = output.past_key_values if use_cache else None
         if cache is None and kept is not None:
             from lightning_rlhf.models.cache import give_room  # imports transformers, which is there by now
 
             give_room(kept)
-        if chosen is not None:
-            return DecoderOutput(output.logits, states[-1], kept, trunk)
         return DecoderOutput(_last(output.logits, keep), _last(states[-1], keep), kept, trunk)
 
-    @torch.no_grad()
-    def probe(self) -> None:
-        """Tries with a few tokens what the model can do, sets the attributes, and warns of what it cannot.
+    def read(self, reading: Reading, temperature: float = 1.0) -> Said:
+        """Says of tokens how likely they were.
 
-        Raises:
-            ValueError: If what it says of a token depends on what follows.
+        Args:
+            reading: The tokens.
+            temperature: What logits are divided by.
+
+        Returns:
+            Log-probs, entropies and states, with gradients.
         """
-        was_training = self.training
-        self.eval()
-        tokens, mask = self.sample()
-        name = type(self.model).__name__
-        try:
-            plain = self(tokens, mask, keep=2).logits
-            layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", 0)
-            self.blocks = find_blocks(self.model, layers, lambda: self(tokens, mask, keep=2))
-            if not _same(self(tokens[:, :5], mask[:, :5], keep=1).logits, plain[:, :1]):
-                raise ValueError(
-                    f"`model={name}` looks at tokens that come later, so that it cannot write: take a causal model, or "
-                    "make this one causal (BERT: `is_decoder=True` in its config)."
-                )
-            last = torch.tensor([[False, True]], device=tokens.device)
-            self.chooses = _same(self(tokens, mask, keep=2, chosen=last).logits, plain[:, 1:])
-            self.pads = self.pads and self._pads(tokens, plain)
-            self.caches = self.caches and self._caches(tokens, plain)
-        finally:
-            self.train(was_training)
-        if not self.caches:
-            rank_zero_warn(f"{name} cannot be decoded from a cache: every token reads the whole text again.")
-        if not self.pads:
-            rank_zero_warn(f"{name} cannot be padded on the left: the prompts of a batch must be equally long.")
+        states: list[Tensor] = []
+
+        def choose(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            kept = _last(inputs[0], reading.keep)
+            if reading.chosen is None:
+                states.append(kept.clone(memory_format=torch.contiguous_format))
+                return inputs
+            states.append(kept.flatten(0, 1).index_select(0, reading.chosen)[None])
+            return states[-1], *inputs[1:]
+
+        head = self.model.get_output_embeddings()
+        is_plain = self.is_plain and reading.chosen is not None
+
+        def say(chosen: Tensor) -> Tensor:
+            both = head_logprobs(chosen, head.weight, head.bias, reading.targets, temperature)
+            return torch.stack(both, dim=-1)
+
+        with _hooked(head, choose), _instead(head, say) if is_plain else nullcontext():
+            output, _ = self._run(reading.tokens, reading.mask, reading.positions, reading.keep, reading.trunk)
+        if is_plain:
+            logprobs, entropy = output.logits.unbind(-1)
+        else:
+            logits = output.logits if reading.chosen is not None else _last(output.logits, reading.keep)
+            logprobs, entropy = response_logprobs(logits, reading.targets, temperature)
+        return Said(logprobs, entropy, states[-1])
+
+    def _run(
+        self, tokens: Tensor, mask: Tensor, positions: Tensor, keep: int, trunk: Tensor | None, **more: Any
+    ) -> tuple[Any, Tensor | None]:
+        """The model's output, and the trunk if it can be kept."""
+        arguments = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep, "use_cache": False}
+        arguments = {name: value for name, value in {**arguments, **more}.items() if name in self.accepted}
+        if self.trunk is None:
+            return self.model(input_ids=tokens, **arguments), trunk
+        if trunk is not None:
+            with self.trunk.replaced(self.model, trunk):
+                return self.model(input_ids=tokens, **arguments), trunk
+        with self.trunk.watched(self.model) as seen:
+            return self.model(input_ids=tokens, **arguments), seen[-1]
 
     def sample(self) -> tuple[Int[Tensor, "1 total"], Bool[Tensor, "1 total"]]:
         """A few tokens to try things on, and their mask."""
@@ -177,101 +191,45 @@ class Decoder(nn.Module):
         tokens = (torch.arange(6, device=embedding.device) % embedding.shape[0])[None]
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
-    def freeze(self, num_layers_unfrozen: int) -> None:
-        """Leaves the top blocks and what comes after them to train, less the embeddings, and nothing else.
-
-        Args:
-            num_layers_unfrozen: How many blocks; 0 freezes the whole model, -1 nothing.
-
-        Raises:
-            ValueError: If there are fewer blocks, or they were not found.
-        """
-        if num_layers_unfrozen == -1:
-            return
-        name = type(self.model).__name__
-        if self.blocks is None:
-            raise ValueError(
-                f"`num_layers_unfrozen={num_layers_unfrozen}`: the blocks of {name} were not found, so that only -1 "
-                "(everything trains) is possible."
-            )
-        if num_layers_unfrozen > len(self.blocks.blocks):
-            raise ValueError(
-                f"`num_layers_unfrozen={num_layers_unfrozen}` is more than the {len(self.blocks.blocks)} blocks of "
-                f"{name}: use -1 if everything is to train."
-            )
-        self.model.requires_grad_(False)
-        embedding = self.model.get_input_embeddings().weight
-        for top in self.blocks.top(num_layers_unfrozen) if num_layers_unfrozen else ():
-            for parameter in self.model.get_submodule(top).parameters():
-                parameter.requires_grad_(parameter is not embedding and parameter.is_floating_point())
-        if 0 < num_layers_unfrozen < len(self.blocks.blocks):
-            branch = len(self.blocks.blocks) - num_layers_unfrozen
-            self._keep_trunk(Trunk(self.blocks.blocks[:branch], self.blocks.blocks[branch]))
-
-    def _keep_trunk(self, trunk: Trunk) -> None:
-        """Tries on padded rows whether a pass may begin with kept states of some of them."""
-        tokens, mask = self.sample()
-        tokens, mask = torch.cat([tokens, tokens.flip(1)]), torch.cat([mask, mask])
-        mask[0, 0] = not self.pads
-        was_training = self.training
-        self.eval()
-        try:
-            with trunk.learning_forms(self.model), torch.no_grad():
-                self(tokens, mask, keep=2)
-            self.trunk = trunk
-            whole = self(tokens, mask, keep=2)
-            assert whole.trunk is not None
-            begun = self(tokens[1:], mask[1:], keep=2, trunk=whole.trunk[1:])
-            keeps = not whole.trunk.requires_grad and _same(begun.logits, whole.logits[1:])
-        except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError):
-            keeps = False  # whatever a forward that does not fit stumbles over
-        finally:
-            self.train(was_training)
-        if not keeps:
-            self.trunk = None
-            rank_zero_warn(
-                f"{type(self.model).__name__} cannot begin in its middle: its frozen blocks run in every pass."
-            )
-
-    def _pads(self, tokens: Tensor, plain: Tensor) -> bool:
-        padded = torch.cat([tokens.new_zeros(1, 3), tokens], dim=1)
-        mask = torch.arange(padded.shape[1], device=tokens.device)[None] >= 3
-        return _same(self(padded, mask, keep=2).logits, plain)
-
-    def _caches(self, tokens: Tensor, plain: Tensor) -> bool:
-        rows = torch.cat([tokens, tokens.flip(1)])
-        mask = torch.ones_like(rows, dtype=torch.bool)
-        first = tokens.shape[1] - 1
-        start = self(rows[:, :first], mask[:, :first], keep=1, use_cache=True)
-        if not (hasattr(start.cache, "batch_select_indices") and hasattr(start.cache, "batch_repeat_interleave")):
-            return False
-        start.cache.batch_repeat_interleave(2)
-        start.cache.batch_select_indices(torch.ones(1, dtype=torch.long, device=tokens.device))
-        step = self(tokens[:, first:], mask[:1], keep=1, cache=start.cache, use_cache=True)
-        return _same(torch.cat([start.logits[:1], step.logits], dim=1), plain)
-
-
-def positions_of(mask: Bool[Tensor, "batch total"]) -> Int[Tensor, "batch total"]:
-    """Numbers the real tokens of every row from 0; padding before them is at 0, and behind them where they end.
-
-    Args:
-        mask: True where a token is real.
-
-    Returns:
-        The positions.
-    """
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
-
 
 def _last(values: Tensor, keep: int) -> Tensor:
     """The last positions; what has no others is no slice, whose gradient would be copied into zeros."""
     return values if values.shape[1] == keep else values[:, -keep:]
 
 
-def _same(logits: Tensor, expected: Tensor) -> bool:
-    """Whether logits differ by rounding only, measured against their spread."""
+def same_logits(logits: Tensor, expected: Tensor, spread: float | None = None) -> bool:
+    """Whether logits or log-probs differ by rounding only.
+
+    Args:
+        logits: Of one way to call a model.
+        expected: Of another.
+        spread: What differences are measured against; by default the standard deviation of what is expected.
+
+    Returns:
+        Whether the shapes are equal, and the differences small.
+    """
     tolerance = 1e-3 if torch.finfo(expected.dtype).bits >= 32 else 0.1
     if logits.shape != expected.shape:
         return False
     logits, expected = logits.float(), expected.float()
-    return bool((logits - expected).abs().max() <= tolerance * expected.std())
+    return bool((logits - expected).abs().max() <= tolerance * (expected.std() if spread is None else spread))
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
+    """Calls a hook before a module's forward."""
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Lets a module do something else when it is called; its hooks, a shard's among them, run all the same."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward

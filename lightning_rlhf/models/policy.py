@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lightning_rlhf.functional.logprobs import response_inputs, response_logprobs
-from lightning_rlhf.models.decoder import Decoder, positions_of
-
-
-class Responses(Protocol):
-    """Prompts, padded left, and what was written after them, padded right."""
-
-    prompt_tokens: Int[Tensor, "batch prompt"]
-    prompt_mask: Bool[Tensor, "batch prompt"]
-    response_tokens: Int[Tensor, "batch response"]
-    response_mask: Bool[Tensor, "batch response"]
+from lightning_rlhf.models.decoder import Decoder
+from lightning_rlhf.models.reading import Responses, padded, unpadded
 
 
 class PolicyOutput(NamedTuple):
@@ -98,25 +89,23 @@ class Policy(nn.Module):
         Raises:
             ValueError: If prompts are padded and the model cannot be.
         """
-        targets = torch.where(batch.response_mask, batch.response_tokens, 0)
-        tokens = response_inputs(torch.where(batch.prompt_mask, batch.prompt_tokens, 0), targets)
-        self.check_padding(batch.prompt_mask)
-        # Right padding comes after everything that counts, where a causal model does not look: it needs no mask. But
-        # it must not be numbered: behind a long prompt the model may have no more positions.
-        mask = response_inputs(batch.prompt_mask, torch.ones_like(batch.response_mask))
-        positions = positions_of(response_inputs(batch.prompt_mask, batch.response_mask))
-        # The head is as wide as the vocabulary: it reads no padding if it need not.
-        chosen = batch.response_mask if self.decoder.chooses and not bool(batch.response_mask.all()) else None
         trunk = getattr(batch, "trunk", None)
-        keep = batch.response_tokens.shape[1]
-        output = self.decoder(tokens, mask, keep=keep, positions=positions, trunk=trunk, chosen=chosen)
-        read = targets if chosen is None else targets[chosen][None]
-        logprobs, entropy = response_logprobs(output.logits, read, self.temperature)
-        values = self.value_head(output.states) if with_values and self.value_head is not None else None
-        if chosen is not None:
-            logprobs, entropy = _spread(logprobs, chosen), _spread(entropy, chosen)
-            values = None if values is None else _spread(values, chosen)
-        return PolicyOutput(logprobs, entropy, values)
+        if self._unpads(batch):
+            reading = unpadded(batch, trunk, self.decoder.shares)
+        else:
+            self.check_padding(batch.prompt_mask)
+            reading = padded(batch, trunk, self.decoder.chooses)
+        said = self.decoder.read(reading, self.temperature)
+        values = self.value_head(said.states) if with_values and self.value_head is not None else None
+        if reading.chosen is None:
+            return PolicyOutput(said.logprobs, said.entropy, values)
+        mask = batch.response_mask
+        values = None if values is None else _spread(values, mask)
+        return PolicyOutput(_spread(said.logprobs, mask), _spread(said.entropy, mask), values)
+
+    def _unpads(self, batch: Responses) -> bool:
+        # On a GPU one kernel for each row and block would be slower than padding is.
+        return self.decoder.unpads and batch.prompt_tokens.is_cpu and bool(batch.prompt_mask[:, -1].all())
 
     def check_padding(self, prompt_mask: Bool[Tensor, "batch prompt"]) -> None:
         """Refuses prompts of different lengths where the model cannot be padded.

@@ -42,7 +42,7 @@ class Reference:
             The reference.
         """
         decoder = Decoder(copy.deepcopy(policy.decoder.model))
-        for name in ("pads", "caches", "chooses", "blocks"):
+        for name in ("pads", "caches", "chooses", "is_plain", "unpads", "shares", "blocks"):
             setattr(decoder, name, getattr(policy.decoder, name))
         return cls(Policy(decoder, policy.temperature), is_named)
 

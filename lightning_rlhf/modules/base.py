@@ -25,9 +25,11 @@ from lightning_rlhf.generation.sampling import Sampling, SamplingChanges
 from lightning_rlhf.models.activations import fuse_activations
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.dropout import DropoutValues, disable_dropout, original_dropout
+from lightning_rlhf.models.freezing import freeze
 from lightning_rlhf.models.heads import ValueHead
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, SpecialTokens, fit_embeddings, load_tokenizer
 from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.models.probing import probe
 from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.models.weights import whole_state
 from lightning_rlhf.modules.arguments import plain_arguments, reject_unknown
@@ -124,7 +126,7 @@ class RLHFModule(EvaluatedModule):
     def build(self) -> None:
         """Makes the policy, under a random state that depends on the seed alone."""
         decoder = self.load_decoder(self.spec)
-        decoder.freeze(self.spec.num_layers_unfrozen)
+        freeze(decoder, self.spec.num_layers_unfrozen)
         self.policy = Policy(decoder, self.sampling.temperature or 1.0)
         if self.with_value_head:
             self.policy.value_head = ValueHead(decoder.width).to(decoder.model.get_output_embeddings().weight.device)
@@ -152,7 +154,8 @@ class RLHFModule(EvaluatedModule):
         if self.disable_dropout:
             self._dropout += disable_dropout(model)
         decoder = Decoder(model)
-        decoder.probe()
+        probe(decoder)
+        decoder.shares = self.disable_dropout
         return decoder
 
     @property

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lightning_rlhf.data.tokens import padded
-from lightning_rlhf.models.decoder import Decoder, positions_of
+from lightning_rlhf.models.decoder import Decoder
+from lightning_rlhf.models.probing import probe
+from lightning_rlhf.models.reading import positions_of
 from tests.networks import ARCHITECTURES, MORE, PAD, USUAL, network, random_rows, tiny_gpt2
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -99,7 +101,7 @@ def test_a_model_that_gives_all_logits_is_cut_to_those_that_were_asked_for() -> 
 @pytest.mark.filterwarnings("error")
 def test_what_can_be_padded_and_cached_is_found_out_without_a_word(name: str) -> None:
     decoder = Decoder(network(ARCHITECTURES[name]()))
-    decoder.probe()
+    probe(decoder)
     assert (decoder.pads, decoder.caches) == (True, True)
 
 
@@ -108,7 +110,7 @@ def test_what_can_be_padded_and_cached_is_found_out_without_a_word(name: str) ->
 def test_a_model_without_a_cache_that_we_can_use_is_found_out_and_warned_of(name: str) -> None:
     decoder = Decoder(network(ARCHITECTURES[name]()))
     with pytest.warns(UserWarning, match="cannot be decoded from a cache: every token reads the whole text"):
-        decoder.probe()
+        probe(decoder)
     assert (decoder.pads, decoder.caches) == (True, False)
 
 
@@ -117,7 +119,7 @@ def test_a_model_without_a_cache_that_we_can_use_is_found_out_and_warned_of(name
 def test_a_model_that_padding_changes_is_found_out_and_warned_of() -> None:
     decoder = Decoder(network(ARCHITECTURES["rwkv"]()))
     with pytest.warns(UserWarning, match="RwkvForCausalLM cannot be padded on the left: .* equally long"):
-        decoder.probe()
+        probe(decoder)
     assert (decoder.pads, decoder.caches) == (False, False)
 
 
@@ -135,7 +137,7 @@ def test_a_cache_that_gives_other_logits_is_found_out() -> None:
     decoder = Decoder(model)
     model.forward = forgetful
     with pytest.warns(UserWarning, match="cannot be decoded from a cache"):
-        decoder.probe()
+        probe(decoder)
     assert (decoder.pads, decoder.caches) == (True, False)
 
 
@@ -150,7 +152,7 @@ def test_a_cache_whose_rows_are_repeated_in_another_order_is_found_out(monkeypat
     decoder = Decoder(network(tiny_gpt2()))
     monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", repeat)
     with pytest.warns(UserWarning, match="cannot be decoded from a cache"):
-        decoder.probe()
+        probe(decoder)
     assert (decoder.pads, decoder.caches) == (True, False)
 
 
@@ -165,7 +167,7 @@ def test_a_model_that_looks_ahead_is_refused_by_name(name: str) -> None:
     }
     model = network(getattr(transformers, f"{name}Config")(vocab_size=24, **small[name]))
     with pytest.raises(ValueError, match=rf"`model={name}LMHeadModel` looks at tokens that come later"):
-        Decoder(model).probe()
+        probe(Decoder(model))
 
 
 @pytest.mark.invariant(14)
@@ -183,7 +185,7 @@ def test_the_same_model_made_causal_is_not_refused() -> None:
         )
     )
     decoder = Decoder(model)
-    decoder.probe()
+    probe(decoder)
     assert (decoder.pads, decoder.caches) == (True, True)
 
 
@@ -192,7 +194,7 @@ def test_trying_a_model_out_leaves_its_mode_and_chance_alone(is_training: bool) 
     decoder = Decoder(network(tiny_gpt2(resid_pdrop=0.5, embd_pdrop=0.5)))
     decoder.train(is_training)
     state = torch.get_rng_state()
-    decoder.probe()  # with dropout on, nothing would be found to pad or cache
+    probe(decoder)  # with dropout on, nothing would be found to pad or cache
     assert (decoder.pads, decoder.caches) == (True, True)
     assert decoder.training is is_training
     assert decoder.model.training is is_training
@@ -201,7 +203,7 @@ def test_trying_a_model_out_leaves_its_mode_and_chance_alone(is_training: bool) 
 
 def test_a_half_precision_model_is_found_to_pad_and_cache() -> None:
     decoder = Decoder(network(tiny_gpt2()).bfloat16())
-    decoder.probe()
+    probe(decoder)
     assert (decoder.pads, decoder.caches) == (True, True)
 
 

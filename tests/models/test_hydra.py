@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 from lightning_rlhf import ModelSpec, SFTModule
 from lightning_rlhf.models.blocks import find_blocks, swapped
 from lightning_rlhf.models.decoder import Decoder
+from lightning_rlhf.models.freezing import freeze
 from lightning_rlhf.models.heads import ValueHead
 from lightning_rlhf.models.hydra import HydraReference, reference_of
 from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.models.probing import probe
 from lightning_rlhf.models.reference import Reference, fingerprint
 from tests.models.test_reference import BY_LENGTH, rollouts, scored
 from tests.networks import ARCHITECTURES, MORE, USUAL, deep, network, tiny_gpt2, word_tokenizer
@@ -42,8 +44,8 @@ NAMES = [*USUAL, *MORE, "openai_gpt"]  # the last returns lists from its blocks 
 
 def policy_of(config: Any, num_layers_unfrozen: int, temperature: float = 1.0) -> Policy:
     decoder = Decoder(network(config))
-    decoder.probe()
-    decoder.freeze(num_layers_unfrozen)
+    probe(decoder)
+    freeze(decoder, num_layers_unfrozen)
     return Policy(decoder, temperature, ValueHead(decoder.width)).eval()
 
 
@@ -113,8 +115,8 @@ def test_the_hydra_reference_holds_copies_of_what_trains_and_nothing_more() -> N
 def test_a_tied_head_with_a_bias_that_trains_shares_its_frozen_weight() -> None:
     model = network(ARCHITECTURES["gptj"](tie_word_embeddings=True))
     decoder = Decoder(model)
-    decoder.probe()
-    decoder.freeze(1)
+    probe(decoder)
+    freeze(decoder, 1)
     reference = reference_of(Policy(decoder), is_named=True)
     head = dict(zip(reference.network.names, reference.network.copies, strict=True))["lm_head"]
     assert head.weight is model.get_input_embeddings().weight
@@ -145,9 +147,9 @@ def test_a_trunk_that_holds_what_trains_cannot_be_shared() -> None:
     model = AutoModelForCausalLM.from_config(deep("bloom"))
     model.transformer.word_embeddings_layernorm.weight = model.transformer.ln_f.weight
     decoder = Decoder(model)
-    decoder.probe()
+    probe(decoder)
     with pytest.warns(UserWarning, match="BloomForCausalLM cannot begin in its middle"):
-        decoder.freeze(1)
+        freeze(decoder, 1)
     assert decoder.trunk is None
     policy = Policy(decoder, value_head=ValueHead(decoder.width)).eval()
     with pytest.warns(UserWarning, match="BloomForCausalLM cannot be split into a frozen trunk and what trains"):
@@ -164,9 +166,9 @@ def test_a_model_whose_blocks_are_not_found_can_be_trained_whole_only() -> None:
     decoder = Decoder(model)
     decoder.blocks = find_blocks(model, 2, lambda: decoder(*decoder.sample(), keep=1))
     assert decoder.blocks is None
-    decoder.freeze(-1)
+    freeze(decoder, -1)
     with pytest.raises(ValueError, match="`num_layers_unfrozen=1`: the blocks of GPT2LMHeadModel were not found"):
-        decoder.freeze(1)
+        freeze(decoder, 1)
 
 
 def test_experts_are_not_taken_for_blocks() -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_rlhf.models import linear
-from lightning_rlhf.models.linear import onednn, product, speed_up_linears, suits
+from lightning_rlhf.functional import linear
+from lightning_rlhf.functional.linear import onednn, product, suits
+from lightning_rlhf.models.linear import speed_up_linears
 
 
 @pytest.fixture

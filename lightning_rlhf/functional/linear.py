@@ -1,0 +1,87 @@
+"""Products with weights, computed by oneDNN where that is what a processor does best."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+SMALLEST = 2**23
+"""Multiplications of a product from which calling oneDNN pays; below, the call itself takes longer."""
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Like ``torch.nn.functional.linear``.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), of any strides.
+        bias: (out,).
+
+    Returns:
+        (..., out).
+    """
+    if not suits(x, weight):
+        return nn.functional.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _Product.apply(x, weight, bias)
+    return onednn(x, weight, bias)
+
+
+def suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is asked: large products in single precision on a CPU.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+
+    Returns:
+        The answer.
+    """
+    return bool(
+        x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and x.device.type == "cpu"
+        and x.numel() * weight.shape[0] >= SMALLEST
+        and type(weight) in (Tensor, nn.Parameter)
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product itself, without a gradient.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), of any strides.
+        bias: (out,).
+
+    Returns:
+        (..., out).
+    """
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        grad_x = onednn(grad, weight.t()) if wants_x else None
+        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        grad_weight = None
+        if wants_weight:  # with the weight's own strides, so that it can be kept as it is
+            is_upright = weight.is_contiguous()
+            grad_weight = onednn(grads.t(), rows.t()) if is_upright else onednn(rows.t(), grads.t()).t()
+        return grad_x, grad_weight, grads.sum(0) if wants_bias else None
