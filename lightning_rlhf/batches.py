@@ -71,6 +71,8 @@ class Rollouts(PromptBatch):
         values: Read at the state before each token.
         final_values: Value of the state after the last token of a response that was cut off, else 0.
         kept_mass: Probability of what top-k, top-p and min-new-tokens left to draw from.
+        importance: Where ``old_logprobs`` are not the sampler's: a token's probability under them over that when it was
+            drawn, cut off at a cap. It is what the token counts in the loss.
         trunk: What the lowest block that trains reads, at all tokens but the last, of prompt and response; None where
             nothing is frozen, or nothing is kept.
     """
@@ -84,6 +86,7 @@ class Rollouts(PromptBatch):
     values: Float[Tensor, "batch response"] | None = None
     final_values: Float[Tensor, " batch"] | None = None
     kept_mass: Float[Tensor, "batch response"] | None = None
+    importance: Float[Tensor, "batch response"] | None = None
     trunk: Float[Tensor, "batch joined width"] | None = None
 
     def trimmed(self) -> Self:

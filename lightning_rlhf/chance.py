@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Stream = Literal["rollout", "evaluate", "generate", "minibatches", "noise", "shuffle", "build"]
+Stream = Literal["rollout", "evaluate", "generate", "minibatches", "noise", "shuffle", "bins", "build"]
 """What random numbers are for; two streams have nothing in common."""
 
 

@@ -145,6 +145,13 @@ def test_an_unknown_argument():
         ({"num_epochs": 0}, "`num_epochs=0` must be at least 1."),
         ({"minibatch_size": 0}, "`minibatch_size=0` must be at least 1."),
         ({"micro_batch_size": 0}, "`micro_batch_size=0` must be at least 1."),
+        ({"micro_batch_tokens": 0}, "`micro_batch_tokens=0` must be at least 1."),
+        (
+            {"micro_batch_tokens": 64, "micro_batch_size": 2},
+            "`micro_batch_size=2` and `micro_batch_tokens=64` say how much a backward pass takes: leave one",
+        ),
+        ({"importance_cap": 0.0, "recompute_logprobs": True}, "`importance_cap=0.0` must be positive, or None"),
+        ({"importance_cap": 2.0}, "`importance_cap=2.0` compares the sampler with the pass that trains: set"),
         ({"responses_per_prompt": 0}, "`responses_per_prompt=0` must be at least 1."),
         ({"averaging": "mean"}, "`averaging='mean'` must be 'tokens', 'responses' or 'length'."),
         ({"max_grad_norm": 0.0}, "`max_grad_norm=0.0` must be positive, or None for no limit."),

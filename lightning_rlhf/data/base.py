@@ -106,9 +106,26 @@ class RLHFDataModule(L.LightningDataModule, ABC):
             )
         self._due = 0
         items = self._items(self.argument, self.rows)
-        return self._loader(
-            items, CursorSampler(items, self.cursor, self.batch_size, self.shuffle, self.seed, *self._place)
-        )
+        bins = self.binned(items)
+        if bins is not None:
+            sampler = CursorSampler(bins, self.cursor, 1, self.shuffle, self.seed, *self._place)
+            return self._loader(bins, sampler, 1, self._collate_bin)
+        sampler = CursorSampler(items, self.cursor, self.batch_size, self.shuffle, self.seed, *self._place)
+        return self._loader(items, sampler, self.batch_size, self.collate)
+
+    def binned(self, items: list[Any]) -> list[list[Any]] | None:
+        """Which rows make a batch of the training data; None where ``batch_size`` says it.
+
+        Args:
+            items: What :meth:`tokenized` returned, one a row.
+
+        Returns:
+            Batches, whose order is shuffled every epoch, or None.
+        """
+        return None
+
+    def _collate_bin(self, bins: Sequence[list[Any]]) -> Batch:
+        return self.collate(bins[0])
 
     @property
     def val_dataloader(self) -> Callable[[], Any]:
@@ -137,7 +154,7 @@ class RLHFDataModule(L.LightningDataModule, ABC):
             remedy = f"pass `{name}=`" if takes else f"PromptDataModule takes `{name}=`"
             raise ValueError(f"`{name}` is not given to {type(self).__name__}, and `{verb}` needs rows: {remedy}.")
         items = self._items(name, self.held_out[name])
-        return self._loader(items, EvaluationSampler(items, *self._place))
+        return self._loader(items, EvaluationSampler(items, *self._place), self.batch_size, self.collate)
 
     @property
     def _place(self) -> tuple[int, int]:
@@ -151,14 +168,14 @@ class RLHFDataModule(L.LightningDataModule, ABC):
             )
         return [self.tokenized(row, f"`{argument}[{number}]`") for number, row in enumerate(rows)]
 
-    def _loader(self, items: list[Any], sampler: Sampler) -> DataLoader:
+    def _loader(self, items: list[Any], sampler: Sampler, batch_size: int, collate: Any) -> DataLoader:
         for advice in _WRONG_ADVICE:
             warnings.filterwarnings("ignore", message=advice)
         return DataLoader(
             items,  # type: ignore[arg-type]
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             sampler=sampler,
-            collate_fn=self.collate,
+            collate_fn=collate,
             num_workers=self.num_workers,
         )
 

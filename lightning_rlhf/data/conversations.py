@@ -6,8 +6,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from lightning_rlhf.batches import ImitationBatch
+from lightning_rlhf.chance import derived_seed
 from lightning_rlhf.data.base import RLHFDataModule
+from lightning_rlhf.data.bins import first_fit
 from lightning_rlhf.data.formats import Row, read_rows
 from lightning_rlhf.data.tokens import ended, pad_id, padded, prompt_ids, response_ids
 
@@ -25,6 +29,9 @@ class ConversationDataModule(RLHFDataModule):
         validation: Rows of the same forms, for validation while training and for ``Trainer.validate``.
         test: Rows for ``Trainer.test``.
         batch_size: Rows of a batch, per process.
+        batch_tokens: Tokens of a batch of the training data instead, per process: as many rows as fit in. Rows lie one
+            behind the other and do not see each other (what others call packing, without attention across
+            documents). Which rows go together is drawn once, and the order of the batches every epoch.
         shuffle: Whether every epoch has an order of its own.
         seed: Of the orders; what ``seed_everything`` set, else 0, by default.
         num_workers: Processes that collate.
@@ -43,6 +50,7 @@ class ConversationDataModule(RLHFDataModule):
         validation: Conversations = None,
         test: Conversations = None,
         batch_size: int = 32,
+        batch_tokens: int | None = None,
         shuffle: bool = True,
         seed: int | None = None,
         num_workers: int = 0,
@@ -55,6 +63,24 @@ class ConversationDataModule(RLHFDataModule):
             num_workers=num_workers,
             held_out={"validation": _conversations(validation, "validation"), "test": _conversations(test, "test")},
         )
+        if batch_tokens is not None and batch_tokens < 1:
+            raise ValueError(f"`batch_tokens={batch_tokens}` must be at least 1, or None for `batch_size` rows.")
+        self.batch_tokens = batch_tokens
+
+    def binned(self, items: list[tuple[list[int], list[int]]]) -> list[list[tuple[list[int], list[int]]]] | None:
+        """Rows that have ``batch_tokens`` tokens together, or some fewer."""
+        if self.batch_tokens is None:
+            return None
+        lengths = [len(prompt) + len(response) for prompt, response in items]
+        for number, length in enumerate(lengths):
+            if length > self.batch_tokens:
+                raise ValueError(
+                    f"`rows[{number}]` has {length} tokens, and `batch_tokens={self.batch_tokens}` holds no row of "
+                    "that length: raise it, shorten the row or leave it out."
+                )
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "bins"))
+        order = torch.randperm(len(items), generator=generator).tolist() if self.shuffle else range(len(items))
+        return [[items[i] for i in rows] for rows in first_fit(order, lengths, self.batch_tokens)]
 
     def tokenized(self, row: Row, what: str) -> tuple[list[int], list[int]]:
         """Tokens of the prompt and of what is learnt; of a text the first token is not, since nothing precedes it."""

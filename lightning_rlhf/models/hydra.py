@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_rlhf.batches import Rollouts
 from lightning_rlhf.models.blocks import swapped
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.policy import Policy
@@ -74,22 +74,15 @@ class HydraReference(Reference):
         super().__init__(top, is_named)
         self.policy = policy
 
-    def read(self, batch: Rollouts) -> Tensor:
-        """Log-probs of responses, in one forward pass with dropout off.
+    @property
+    def reader(self) -> Policy:
+        """The policy, when the copies are in it."""
+        return self.policy
 
-        Args:
-            batch: What was written.
-
-        Returns:
-            (batch, response), anything in the padding.
-        """
-        was_training = self.policy.training
-        self.policy.eval()
-        try:
-            with swapped(self.policy.decoder.model, dict(zip(self.network.names, self.network.copies, strict=True))):
-                return self.policy(batch, with_values=False).logprobs
-        finally:
-            self.policy.train(was_training)
+    def in_place(self) -> AbstractContextManager[None]:
+        """Swaps the copies in."""
+        copies = dict(zip(self.network.names, self.network.copies, strict=True))
+        return swapped(self.policy.decoder.model, copies)
 
 
 def reference_of(policy: Policy, is_named: bool) -> Reference:

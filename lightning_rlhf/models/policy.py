@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from lightning_rlhf.batches import Rollouts
 from lightning_rlhf.models.decoder import Decoder
-from lightning_rlhf.models.reading import Responses, padded, unpadded
+from lightning_rlhf.models.reading import Responses, padded, pieces, unpadded
 
 
 class PolicyOutput(NamedTuple):
@@ -90,7 +92,7 @@ class Policy(nn.Module):
             ValueError: If prompts are padded and the model cannot be.
         """
         trunk = getattr(batch, "trunk", None)
-        if self._unpads(batch):
+        if self.unpads(batch):
             reading = unpadded(batch, trunk, self.decoder.shares)
         else:
             self.check_padding(batch.prompt_mask)
@@ -103,8 +105,45 @@ class Policy(nn.Module):
         values = None if values is None else _spread(values, mask)
         return PolicyOutput(_spread(said.logprobs, mask), _spread(said.entropy, mask), values)
 
-    def _unpads(self, batch: Responses) -> bool:
-        # On a GPU one kernel for each row and block would be slower than padding is.
+    @torch.no_grad()
+    def scored(
+        self, rollouts: Rollouts, size: int, tokens: int | None = None, most: Callable[[int], int] = int
+    ) -> Float[Tensor, "batch response"]:
+        """Log-probs of responses, dropout off and without gradients.
+
+        Args:
+            rollouts: What was written.
+            size: Rows of a forward pass.
+            tokens: Tokens of a forward pass instead, as in :func:`pieces`.
+            most: Says, of the passes that this process needs, how many all make: where weights are sharded, as many as
+                the process that needs most.
+
+        Returns:
+            In single precision or more, 0 in the padding.
+        """
+        logprobs = torch.zeros_like(rollouts.old_logprobs)
+        everything = torch.arange(len(rollouts), device=rollouts.response_mask.device)
+        parts = pieces(rollouts, everything, self.unpads(rollouts), size, tokens)
+        parts += parts[:1] * (most(len(parts)) - len(parts))
+        was_training = self.training
+        self.eval()
+        try:
+            for rows in parts:
+                piece = rollouts.select(rows).trimmed()
+                logprobs[rows, : piece.response_mask.shape[1]] = self(piece, with_values=False).logprobs.float()
+        finally:
+            self.train(was_training)
+        return torch.where(rollouts.response_mask, logprobs, 0.0)
+
+    def unpads(self, batch: Responses) -> bool:
+        """Whether rows are read one behind the other.
+
+        Args:
+            batch: The rows.
+
+        Returns:
+            The answer. On a GPU, where every row and block would be a kernel of its own, rows are padded.
+        """
         return self.decoder.unpads and batch.prompt_tokens.is_cpu and bool(batch.prompt_mask[:, -1].all())
 
     def check_padding(self, prompt_mask: Bool[Tensor, "batch prompt"]) -> None:

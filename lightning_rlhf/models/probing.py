@@ -9,9 +9,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_rlhf.batches import ImitationBatch
+from lightning_rlhf.models.attention import install, uninstall
 from lightning_rlhf.models.blocks import find_blocks
 from lightning_rlhf.models.decoder import Decoder, same_logits
-from lightning_rlhf.models.reading import Reading, install, padded, uninstall, unpadded
+from lightning_rlhf.models.reading import Reading, padded, unpadded
 
 
 @torch.no_grad()

@@ -7,20 +7,13 @@ tokens and does not mind; attention goes row by row, and a prompt that several r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_rlhf.functional.logprobs import response_inputs
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-ATTENTION = "lightning_rlhf_rows"
-"""Name of our attention function among those of transformers."""
 
 
 class Responses(Protocol):
@@ -133,88 +126,40 @@ def _segments(batch: Responses, first: list[int]) -> list[list[int]]:
     return segments
 
 
-def rows_attention(
-    module: torch.nn.Module,
-    query: Float[Tensor, "1 heads total width"],
-    key: Float[Tensor, "1 keys total width"],
-    value: Float[Tensor, "1 keys total width"],
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention within rows that lie one behind the other; anything else goes to transformers' SDPA.
+def pieces(
+    batch: Responses, rows: Int[Tensor, " rows"], unpads: bool, size: int, tokens: int | None = None
+) -> list[Int[Tensor, " rows"]]:
+    """Splits rows into those of single passes.
 
     Args:
-        module: That attends.
-        query: Of all rows.
-        key: Of all rows.
-        value: Of all rows.
-        attention_mask: (1, 1, segments, 2) of integers: how long each segment is, and the number of the segment that it
-            looks back at beside itself, or -1; any other mask, or None, is SDPA's.
-        **kwargs: SDPA's, among them a layer's ``sliding_window``.
+        batch: Whose rows they are.
+        rows: Numbers of some of them.
+        unpads: Whether padding costs nothing. Then the order is kept, in which those to one prompt lie together; else
+            rows of alike responses go together.
+        size: How many rows a pass takes at most.
+        tokens: How many tokens it takes at most instead, padding included where it costs something; a longer row goes
+            alone.
 
     Returns:
-        (1, total, heads, width), and None.
+        Row numbers, pass by pass.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if attention_mask is None or attention_mask.dtype != torch.int64:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    segments = attention_mask[0, 0].tolist()
-    lengths = [length for length, _ in segments]
-    window = kwargs.get("sliding_window")
-    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-    outputs = []
-    for i, (length, prefix) in enumerate(segments):
-        if length == 0:
-            continue
-        k, v, before = keys[i], values[i], 0
-        if prefix >= 0:
-            before = lengths[prefix]
-            k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
-        reaches = before + length
-        is_plain = before == 0 and (window is None or length <= window)
-        mask = None if is_plain else _band(before, length, reaches if window is None else window, query.dtype)
-        mask = None if mask is None else mask.to(query.device)
-        outputs.append(sdpa_attention_forward(module, queries[i], k, v, mask, **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
-
-
-@lru_cache(maxsize=512)
-def _band(before: int, length: int, window: int, dtype: torch.dtype) -> Tensor:
-    """0 where a token looks, minus infinity elsewhere: back to those before its segment, but not beyond the window."""
-    ages = torch.arange(before, before + length)[:, None] - torch.arange(before + length)
-    hidden = (ages < 0) | (ages >= window)
-    return torch.zeros(1, 1, length, before + length, dtype=dtype).masked_fill_(hidden, -torch.inf)
-
-
-def install(model: PreTrainedModel) -> bool:
-    """Lets a model call :func:`rows_attention` where it calls SDPA.
-
-    Args:
-        model: Whose config is changed; an export does not hold the name.
-
-    Returns:
-        Whether it asks transformers for its attention function at all, and would have asked for SDPA.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    config = model.config
-    if not getattr(model, "_supports_attention_backend", False) or config._attn_implementation != "sdpa":
-        return False
-    AttentionInterface.register(ATTENTION, rows_attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    config._attn_implementation = ATTENTION
-    return True
-
-
-def uninstall(model: PreTrainedModel) -> None:
-    """Lets a model call SDPA again.
-
-    Args:
-        model: After :func:`install`.
-    """
-    model.config._attn_implementation = "sdpa"
+    responses = batch.response_mask.sum(1)
+    ordered = rows.sort().values if unpads else rows[responses[rows].argsort(stable=True)]
+    if tokens is None:
+        return list(ordered.split(size)) if len(rows) else []
+    prompts = batch.prompt_mask.sum(1)
+    lengths = list(zip(prompts[ordered].tolist(), responses[ordered].tolist(), strict=True))
+    found: list[list[int]] = []
+    total = longest_prompt = longest_response = 0
+    for row, (prompt, response) in zip(ordered.tolist(), lengths, strict=True):
+        total, longest_prompt = total + prompt + response, max(longest_prompt, prompt)
+        longest_response = max(longest_response, response)
+        padded_total = (len(found[-1]) + 1) * (longest_prompt + longest_response) if found else 0
+        if not found or (total if unpads else padded_total) > tokens:
+            found.append([])
+            total, longest_prompt, longest_response = prompt + response, prompt, response
+        found[-1].append(row)
+    return [torch.tensor(piece, device=rows.device) for piece in found]
 
 
 def positions_of(mask: Bool[Tensor, "batch total"]) -> Int[Tensor, "batch total"]:

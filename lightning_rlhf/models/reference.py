@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,36 +48,32 @@ class Reference:
             setattr(decoder, name, getattr(policy.decoder, name))
         return cls(Policy(decoder, policy.temperature), is_named)
 
-    def read(self, batch: Rollouts) -> Tensor:
-        """Log-probs of responses, in one forward pass.
+    @property
+    def reader(self) -> Policy:
+        """Whose forward pass it is."""
+        assert isinstance(self.network, Policy)
+        return self.network
 
-        Args:
-            batch: What was written.
+    def in_place(self) -> AbstractContextManager[None]:
+        """For as long as it reads, the weights are its own."""
+        return nullcontext()
 
-        Returns:
-            (batch, response), anything in the padding.
-        """
-        return self.network(batch).logprobs
-
-    @torch.no_grad()
-    def logprobs(self, rollouts: Rollouts, batch_size: int, most: int = 0) -> Float[Tensor, "batch response"]:
-        """Log-probs of responses under the reference.
+    def logprobs(
+        self, rollouts: Rollouts, size: int, tokens: int | None = None, most: Callable[[int], int] = int
+    ) -> Float[Tensor, "batch response"]:
+        """Log-probs of responses under the reference, at the policy's temperature.
 
         Args:
             rollouts: What was written.
-            batch_size: Rows of a forward pass; rows of alike length go together.
-            most: Rows of the process that has most: where weights are sharded, all must make as many passes.
+            size: As in :meth:`Policy.scored`.
+            tokens: Likewise.
+            most: Likewise.
 
         Returns:
-            At the policy's temperature, 0 in the padding.
+            In single precision or more, 0 in the padding.
         """
-        logprobs = torch.zeros_like(rollouts.old_logprobs)
-        pieces = list(rollouts.response_mask.sum(1).argsort(stable=True).split(batch_size))
-        pieces += pieces[:1] * (-(-most // batch_size) - len(pieces))
-        for rows in pieces:
-            piece = rollouts.select(rows).trimmed()
-            logprobs[rows, : piece.response_mask.shape[1]] = self.read(piece).float()
-        return torch.where(rollouts.response_mask, logprobs, 0.0)
+        with self.in_place():
+            return self.reader.scored(rollouts, size, tokens, most)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: a fingerprint, and the weights where they could not be had again."""

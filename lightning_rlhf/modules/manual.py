@@ -44,6 +44,8 @@ class ManualModule(RLHFModule):
         minibatch_size: Responses of an optimizer step, per process; the last one of an epoch may have fewer.
         micro_batch_size: Responses of a backward pass, per process; a whole minibatch by default. It changes memory
             and time, never a result.
+        micro_batch_tokens: Tokens of a backward pass instead, of prompts and responses, so that memory does not depend
+            on how long these are. Padding counts where the policy cannot read without it.
         averaging: What a loss is averaged over: ``"tokens"`` or ``"responses"`` of the minibatch, or by the fixed
             ``"length"`` ``max_new_tokens``.
         max_grad_norm: Gradients are clipped to this norm, over all parameters; None does not clip. trlX has none.
@@ -59,6 +61,7 @@ class ManualModule(RLHFModule):
         num_epochs: int = 4,
         minibatch_size: int = 32,
         micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
         averaging: Averaging = "tokens",
         max_grad_norm: float | None = 1.0,
         target_kl: float | None = None,
@@ -67,9 +70,15 @@ class ManualModule(RLHFModule):
         super().__init__(policy, **kwargs)
         self.automatic_optimization = False
         sizes = {"num_epochs": num_epochs, "minibatch_size": minibatch_size, "micro_batch_size": micro_batch_size}
+        sizes["micro_batch_tokens"] = micro_batch_tokens
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"`{name}={size}` must be at least 1.")
+        if micro_batch_size is not None and micro_batch_tokens is not None:
+            raise ValueError(
+                f"`micro_batch_size={micro_batch_size}` and `micro_batch_tokens={micro_batch_tokens}` say how much a "
+                "backward pass takes: leave one of them out."
+            )
         if averaging not in ("tokens", "responses", "length"):
             raise ValueError(f"`averaging={averaging!r}` must be 'tokens', 'responses' or 'length'.")
         for name, limit in {"max_grad_norm": max_grad_norm, "target_kl": target_kl}.items():
@@ -78,6 +87,7 @@ class ManualModule(RLHFModule):
         self.num_epochs = num_epochs
         self.minibatch_size = minibatch_size
         self.micro_batch_size = micro_batch_size
+        self.micro_batch_tokens = micro_batch_tokens
         self.averaging: Averaging = averaging
         self.max_grad_norm = max_grad_norm
         self.target_kl = target_kl
@@ -115,6 +125,8 @@ class ManualModule(RLHFModule):
             num_epochs=self.num_epochs,
             minibatch_size=self.minibatch_size,
             micro_batch_size=self.micro_batch_size,
+            micro_batch_tokens=self.micro_batch_tokens,
+            unpads=self.policy.unpads(experience),
             averaging=self.averaging,
             length=self.sampling.max_new_tokens,
             generator=generator,
@@ -192,7 +204,7 @@ class ManualModule(RLHFModule):
         mask = batch.sampled_mask
         log_ratio = torch.where(mask, logprobs - batch.old_logprobs, 0.0)
         counts = mask if batch.weights is None else batch.weights != 0
-        if self._updates_done == 0:
+        if self._updates_done == 0 and batch.importance is None:  # else it has been measured
             self.report.add("policy/sampler_gap", log_ratio.abs(), counts)
         if self.target_kl is not None:
             drift = k3(torch.zeros_like(log_ratio), log_ratio)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_rlhf.batches import Experience
 from lightning_rlhf.functional.averaging import Averaging, averaging_count, token_weights
+from lightning_rlhf.models.reading import pieces
 from lightning_rlhf.modules.ranks import gather_over_ranks, world_size
 
 
@@ -36,6 +37,8 @@ class MinibatchPlan:
         num_epochs: How often each row is learnt from.
         minibatch_size: Rows of a minibatch, per rank; the last one of an epoch may be smaller.
         micro_batch_size: Rows of a backward pass; a whole minibatch by default.
+        micro_batch_tokens: Tokens of a backward pass instead, of prompts and responses.
+        unpads: Whether the policy reads rows without their padding.
         averaging: What a loss is averaged over.
         length: The fixed length of ``averaging="length"``, in tokens.
         generator: Shuffles.
@@ -49,6 +52,8 @@ class MinibatchPlan:
         num_epochs: int,
         minibatch_size: int,
         micro_batch_size: int | None,
+        micro_batch_tokens: int | None = None,
+        unpads: bool = False,
         averaging: Averaging,
         length: int,
         generator: torch.Generator,
@@ -58,7 +63,6 @@ class MinibatchPlan:
         mask = experience.sampled_mask
         self.weights = token_weights(mask, averaging, length)  # (batch, response)
         per_epoch = -(-rows_of_largest // minibatch_size)
-        lengths = experience.response_mask.sum(1)
         has_signal = experience.has_signal
         counts = averaging_count(mask, averaging).double()  # (batch,)
         self.pieces: list[list[Tensor]] = []  # (minibatch, micro-batch): rows
@@ -68,7 +72,8 @@ class MinibatchPlan:
             for i in range(per_epoch):
                 rows = order[i * minibatch_size : (i + 1) * minibatch_size]
                 learnt_from = rows if has_signal is None else rows[has_signal[rows]]
-                self.pieces.append(_by_length(learnt_from, lengths, micro_batch_size or minibatch_size))
+                size = micro_batch_size or minibatch_size
+                self.pieces.append(pieces(experience, learnt_from, unpads, size, micro_batch_tokens))
                 mine.append([float(counts[rows].sum()), len(self.pieces[-1])])
         plans = gather_over_ranks(torch.tensor(mine, dtype=torch.float64, device=mask.device))  # (rank, minibatch, 2)
         self.counts = plans[..., 0].sum(0).clamp(min=1.0).tolist()
@@ -80,21 +85,17 @@ class MinibatchPlan:
         return len(self.pieces)
 
     def __iter__(self) -> Iterator[Minibatch]:
-        for pieces, count, most in zip(self.pieces, self.counts, self.most_pieces, strict=True):
+        for parts, count, most in zip(self.pieces, self.counts, self.most_pieces, strict=True):
             scale = world_size() / count
-            micro_batches = [self._piece(rows, scale) for rows in pieces]
+            micro_batches = [self._piece(rows, scale) for rows in parts]
             # A rank with less to do goes along with a row that counts nothing, so that no other waits for it.
             filler = torch.zeros(1, dtype=torch.long, device=self.weights.device)
-            micro_batches += [self._piece(filler, 0.0) for _ in range(most - len(pieces))]
+            micro_batches += [self._piece(filler, 0.0) for _ in range(most - len(parts))]
             yield Minibatch(micro_batches)
 
     def _piece(self, rows: Tensor, scale: float) -> Experience:
         piece = self.experience.select(rows)
         piece.weights = self.weights[rows] * scale
+        if piece.importance is not None:
+            piece.weights = piece.weights * piece.importance
         return piece.trimmed()
-
-
-def _by_length(rows: Tensor, lengths: Tensor, size: int) -> list[Tensor]:
-    """Rows in pieces of alike lengths, so that trimming leaves little padding."""
-    ordered = rows[lengths[rows].argsort(stable=True)]
-    return list(ordered.split(size)) if len(rows) else []

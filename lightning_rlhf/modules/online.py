@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -21,8 +22,9 @@ from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.modules.evaluation import PromptEvaluation
 from lightning_rlhf.modules.manual import ManualModule
-from lightning_rlhf.modules.ranks import agree, rank, sum_over_ranks, world_size
+from lightning_rlhf.modules.ranks import agree, most_over_ranks, rank, sum_over_ranks, world_size
 from lightning_rlhf.modules.resuming import STATE
+from lightning_rlhf.modules.sampler import SamplerCorrection
 from lightning_rlhf.modules.scaling import RewardScaling, ScoreScaler
 from lightning_rlhf.rewards.combine import CombinedReward, RewardLike
 from lightning_rlhf.rewards.metrics import MetricFunction, MetricLike
@@ -49,6 +51,9 @@ class OnlineModule(PromptEvaluation, ManualModule):
         metric_fn: Called in evaluation as a reward is; returns a dict of numbers, which are logged under their names.
         trunk_gib: Memory, in GiB and per process, that what frozen blocks made of an iteration's tokens may take. It is
             kept so that they run once; where it would take more they run in every pass, with the same result.
+        recompute_logprobs: Whether ratios and divergences begin from log-probs of the pass that trains instead of those
+            that the sampler kept, as :class:`SamplerCorrection` says.
+        importance_cap: Weighs tokens by how far these two are apart, at most by this; None does not.
         **kwargs: Passed to :class:`ManualModule` (epochs and minibatches, averaging, clipping) and :class:`RLHFModule`
             (tokenizer, dropout, seed, optimizer and schedule).
     """
@@ -70,6 +75,8 @@ class OnlineModule(PromptEvaluation, ManualModule):
         missing_eos_penalty: float | None = None,
         metric_fn: MetricLike | None = None,
         trunk_gib: float = 4.0,
+        recompute_logprobs: bool = False,
+        importance_cap: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
@@ -100,6 +107,7 @@ class OnlineModule(PromptEvaluation, ManualModule):
         if not trunk_gib >= 0:
             raise ValueError(f"`trunk_gib={trunk_gib}` must not be negative; 0 keeps nothing.")
         self.trunk_gib = trunk_gib
+        self.corrected = SamplerCorrection(recompute_logprobs, importance_cap)
         self.with_final_values = False
         self._began: dict[str, Any] | None = None  # how the iteration that is under way did, None between two
 
@@ -113,6 +121,8 @@ class OnlineModule(PromptEvaluation, ManualModule):
             rollouts = self.rollout(prompts)
         with self.report.phase("score", self.trainer):
             scores = self.score(rollouts)
+            if self.corrected.recomputes:
+                self.corrected(rollouts, self.logprobs_by(self.policy.scored, rollouts), self.report)
         experience = self.experience(rollouts, scores)
         self.report.observe(experience, self.special_tokens.eos)
         if experience.ref_logprobs is not None:
@@ -187,7 +197,20 @@ class OnlineModule(PromptEvaluation, ManualModule):
             return None
         if self.reference is None:
             raise ValueError(f"`kl_coef={self.kl_coef}` was 0 when the networks were built: begin above 0.")
-        return self.reference.logprobs(rollouts, self.micro_batch_size or self.minibatch_size, self.rows_of_largest)
+        return self.logprobs_by(self.reference.logprobs, rollouts)
+
+    def logprobs_by(self, score: Callable[..., Tensor], rollouts: Rollouts) -> Tensor:
+        """Log-probs of the responses, in passes of the size of a micro-batch.
+
+        Args:
+            score: A policy's or reference's method.
+            rollouts: What was written.
+
+        Returns:
+            (batch, response), 0 in the padding.
+        """
+        size = self.micro_batch_size or self.minibatch_size
+        return score(rollouts, size, self.micro_batch_tokens, most_over_ranks)
 
     def whiten(self, x: Tensor, mask: Tensor) -> Tensor:
         """Mean 0 and variance 1 over what the mask counts on all ranks.

@@ -48,6 +48,20 @@ def gather_over_ranks(tensor: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
+def most_over_ranks(number: int) -> int:
+    """The largest of the numbers of all processes; a collective.
+
+    Args:
+        number: Of this process.
+
+    Returns:
+        The largest, on all.
+    """
+    if not _is_distributed():
+        return number
+    return max(gather_objects(number))
+
+
 def agree(error: Exception | None, what: str, rows: int, device: torch.device) -> int:
     """Raises on all processes if one of them has an error, so that none waits for another; a collective.
 

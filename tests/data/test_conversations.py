@@ -83,3 +83,52 @@ def test_a_row_that_is_too_long_is_named_with_its_eos_counted():
     with pytest.raises(ValueError, match=r"`rows\[1\]` has 4 tokens, and the model has room for 3"):
         batch(["a", "a b c"], max_tokens=3)
     assert len(batch(["a", "a b"], max_tokens=3)) == 2
+
+
+ROWS = [{"prompt": "a", "response": " ".join("bcdefghijk"[: n % 7 + 1])} for n in range(40)]
+
+
+def binned(rows, **arguments):
+    data = ConversationDataModule(rows, **arguments)
+    data.tokenizer = word_tokenizer()
+    return data
+
+
+def lengths(batch):
+    return (batch.prompt_mask.sum(1) + batch.response_mask.sum(1)).tolist()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_batch_has_as_many_rows_as_fit_into_its_tokens(shuffle):
+    batches = list(binned(ROWS, batch_tokens=30, shuffle=shuffle).train_dataloader())
+    totals = [sum(lengths(batch)) for batch in batches]
+    assert max(totals) <= 30
+    expected = sorted(1 + n % 7 + 1 + 1 for n in range(40))
+    assert sorted(length for batch in batches for length in lengths(batch)) == expected
+    assert len(batches) <= -(-sum(expected) // 30) + 1
+
+
+def test_the_order_of_batches_is_another_every_epoch_and_their_number_the_same():
+    data = binned(ROWS, batch_tokens=30, seed=1)
+    first = [lengths(batch) for batch in data.train_dataloader()]
+    again = [lengths(batch) for batch in data.train_dataloader()]
+    data.cursor.epoch = 1
+    later = [lengths(batch) for batch in data.train_dataloader()]
+    assert first == again
+    assert first != later
+    assert sorted(first) == sorted(later)
+
+
+@pytest.mark.invariant(36)
+def test_batches_by_tokens_go_on_where_the_cursor_stands():
+    data = binned(ROWS, batch_tokens=30)
+    everything = [lengths(batch) for batch in data.train_dataloader()]
+    data.cursor.position = 3
+    assert [lengths(batch) for batch in data.train_dataloader()] == everything[3:]
+
+
+def test_a_row_that_no_batch_holds_is_named():
+    with pytest.raises(ValueError, match=r"`rows\[6\]` has 9 tokens, and `batch_tokens=8` holds no row of that length"):
+        binned(ROWS, batch_tokens=8).train_dataloader()
+    with pytest.raises(ValueError, match="`batch_tokens=0` must be at least 1, or None"):
+        binned(ROWS, batch_tokens=0)

@@ -14,7 +14,7 @@ from lightning_rlhf.models.freezing import freeze
 from lightning_rlhf.models.heads import ValueHead
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.probing import probe
-from lightning_rlhf.models.reading import padded, unpadded
+from lightning_rlhf.models.reading import padded, pieces, unpadded
 from tests.networks import ARCHITECTURES, deep, network, random_rows, tiny_gpt2, written
 
 UNPADS = ["gpt2", "gpt_neox", "opt", "llama", "qwen3", "gemma", "mistral", "phi", "gpt_bigcode", "mixtral"]
@@ -149,3 +149,27 @@ def test_an_export_does_not_name_our_attention(tmp_path: Any) -> None:
     policy = policy_of(tiny_gpt2())
     policy.decoder.model.save_pretrained(tmp_path)
     assert "lightning_rlhf" not in (tmp_path / "config.json").read_text()
+
+
+ROWS = torch.tensor([5, 0, 3, 1, 4, 2])
+
+
+def of_pieces(batch: Rollouts, **how: Any) -> list[list[int]]:
+    return [piece.tolist() for piece in pieces(batch, ROWS, **{"size": 2, **how})]
+
+
+def test_rows_are_split_in_their_order_where_padding_costs_nothing_and_else_by_length() -> None:
+    batch = written(PROMPTS, RESPONSES)
+    assert of_pieces(batch, unpads=True) == [[0, 1], [2, 3], [4, 5]]
+    assert of_pieces(batch, unpads=False) == [[2, 5], [0, 3], [1, 4]]  # responses of 1, 2, 4, 6, 9, 12 tokens
+
+
+def test_a_pass_takes_so_many_tokens_and_a_longer_row_goes_alone() -> None:
+    batch = written(PROMPTS, RESPONSES)
+    # Prompts and responses together: 9, 12, 6, 20, 17, 16.
+    assert of_pieces(batch, unpads=True, tokens=21) == [[0, 1], [2], [3], [4], [5]]
+    assert of_pieces(batch, unpads=True, tokens=10) == [[0], [1], [2], [3], [4], [5]]
+    assert of_pieces(batch, unpads=True, tokens=1000) == [[0, 1, 2, 3, 4, 5]]
+    # With padding: row 2, then 2 and 5 would be 2 x (14 + 2).
+    assert of_pieces(batch, unpads=False, tokens=31) == [[2], [5], [0], [3], [1], [4]]
+    assert of_pieces(batch, unpads=False, tokens=32) == [[2, 5], [0], [3], [1], [4]]

@@ -31,7 +31,11 @@ def policy_of(config: Any, temperature: float = 1.0) -> Policy:
 
 
 def scored(policy: Policy, order: list[int], batch_size: int) -> Tensor:
-    """A scoring pass over rows in this order, so many at a time, each time as wide as the longest of them."""
+    """A scoring pass over rows in this order, so many at a time, each time as wide as the longest of them.
+
+    Where padding costs nothing they are taken as they come.
+    """
+    order = sorted(order) if policy.decoder.unpads else order
     logprobs = torch.zeros(len(PROMPTS), max(map(len, RESPONSES)))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

@@ -65,8 +65,9 @@ def test_nothing_of_the_reference_is_trained_or_saved_with_the_policy():
 @pytest.mark.parametrize("averaging", ["tokens", "responses", "length"])
 def test_no_split_into_micro_batches_changes_weights_or_metrics(averaging):
     results = []
-    for micro_batch_size in (None, 1, 3):
-        module = module_of(PPOModule, micro_batch_size=micro_batch_size, averaging=averaging, ent_coef=0.01)
+    splits = [{}, {"micro_batch_size": 1}, {"micro_batch_size": 3}, {"micro_batch_tokens": 9}]
+    for split in splits:
+        module = module_of(PPOModule, **split, averaging=averaging, ent_coef=0.01)
         metrics = fit(module).metrics[-1]
         results.append((weights(module), {k: v for k, v in metrics.items() if not k.startswith(("time/", "speed/"))}))
     lengths = metrics["response/length"]

@@ -97,6 +97,19 @@ def test_no_split_into_batches_changes_weights_or_losses(expected, batch_size, a
     assert (expected[None][0] - expected[0.5][0]).abs().max() > 1e-3  # or clipping was not tried
 
 
+@pytest.mark.invariant(1, 30)
+def test_batches_by_tokens_learn_what_whole_batches_learn():
+    # All rows in one batch, or two rows at most in each of ten, whose gradients are added up.
+    whole, parts = module_of(), module_of()
+    fit(whole, batch_size=10)
+    data = ConversationDataModule(ROWS, batch_tokens=16, shuffle=False)
+    data.tokenizer = word_tokenizer()
+    count = len(data.train_dataloader())
+    assert 4 < count < 10
+    bare_trainer(max_epochs=2, accumulate_grad_batches=count).fit(parts, datamodule=data)
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=0, atol=1e-6)
+
+
 @pytest.mark.invariant(40)
 def test_the_logged_loss_is_the_mean_over_the_tokens_of_the_step():
     # Without learning: a row alone, the other alone, and both together.

@@ -1,0 +1,100 @@
+"""Attention within rows that lie one behind the other."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION = "lightning_rlhf_rows"
+"""Name of our attention function among those of transformers."""
+
+
+def rows_attention(
+    module: torch.nn.Module,
+    query: Float[Tensor, "1 heads total width"],
+    key: Float[Tensor, "1 keys total width"],
+    value: Float[Tensor, "1 keys total width"],
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within rows that lie one behind the other; anything else goes to transformers' SDPA.
+
+    Args:
+        module: That attends.
+        query: Of all rows.
+        key: Of all rows.
+        value: Of all rows.
+        attention_mask: (1, 1, segments, 2) of integers: how long each segment is, and the number of the segment that it
+            looks back at beside itself, or -1; any other mask, or None, is SDPA's.
+        **kwargs: SDPA's, among them a layer's ``sliding_window``.
+
+    Returns:
+        (1, total, heads, width), and None.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    segments = attention_mask[0, 0].tolist()
+    lengths = [length for length, _ in segments]
+    window = kwargs.get("sliding_window")
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    outputs = []
+    for i, (length, prefix) in enumerate(segments):
+        if length == 0:
+            continue
+        k, v, before = keys[i], values[i], 0
+        if prefix >= 0:
+            before = lengths[prefix]
+            k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
+        reaches = before + length
+        is_plain = before == 0 and (window is None or length <= window)
+        mask = None if is_plain else _band(before, length, reaches if window is None else window, query.dtype)
+        mask = None if mask is None else mask.to(query.device)
+        outputs.append(sdpa_attention_forward(module, queries[i], k, v, mask, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+@lru_cache(maxsize=512)
+def _band(before: int, length: int, window: int, dtype: torch.dtype) -> Tensor:
+    """0 where a token looks, minus infinity elsewhere: back to those before its segment, but not beyond the window."""
+    ages = torch.arange(before, before + length)[:, None] - torch.arange(before + length)
+    hidden = (ages < 0) | (ages >= window)
+    return torch.zeros(1, 1, length, before + length, dtype=dtype).masked_fill_(hidden, -torch.inf)
+
+
+def install(model: PreTrainedModel) -> bool:
+    """Lets a model call :func:`rows_attention` where it calls SDPA.
+
+    Args:
+        model: Whose config is changed; an export does not hold the name.
+
+    Returns:
+        Whether it asks transformers for its attention function at all, and would have asked for SDPA.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    config = model.config
+    if not getattr(model, "_supports_attention_backend", False) or config._attn_implementation != "sdpa":
+        return False
+    AttentionInterface.register(ATTENTION, rows_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    config._attn_implementation = ATTENTION
+    return True
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """Lets a model call SDPA again.
+
+    Args:
+        model: After :func:`install`.
+    """
+    model.config._attn_implementation = "sdpa"
