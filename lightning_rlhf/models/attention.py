@@ -16,6 +16,7 @@ ATTENTION = "lightning_rlhf_rows"
 """Name of our attention function among those of transformers."""
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def rows_attention(
     module: torch.nn.Module,
     query: Float[Tensor, "1 heads total width"],

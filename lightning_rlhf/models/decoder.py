@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,7 @@ class Decoder(nn.Module):
         is_plain: Whether its logits are the product of states and head, with nothing after it.
         unpads: Whether it reads rows that lie one behind the other.
         shares: Whether it may then read a prompt once that several rows have: not where dropout is to differ.
+        is_compiled: Whether its blocks are compiled, for passes that train.
         blocks: Where it can be cut; None where that is not known.
         trunk: The frozen blocks below those that train, whose work can be kept; None where there are none, or where
             the model cannot begin in its middle.
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
         self.caches = {"past_key_values", "use_cache"} <= self.accepted
         self.pads = "attention_mask" in self.accepted
         self.chooses = True
-        self.is_plain = self.unpads = self.shares = False
+        self.is_plain = self.unpads = self.shares = self.is_compiled = False
         self.blocks: Blocks | None = None
         self.trunk: Trunk | None = None
 
@@ -126,14 +127,14 @@ class Decoder(nn.Module):
 
         more = {} if cache is None else {"past_key_values": cache}
         positions = positions_of(mask)[:, -tokens.shape[1] :]
-        with _hooked(self.model.get_output_embeddings(), read):
-            output, trunk = self._run(tokens, mask.long(), positions, keep, trunk, use_cache=use_cache, **more)
+        with _hooked(self.model.get_output_embeddings(), read), self._watched(trunk) as seen:
+            output = self._run(tokens, mask.long(), positions, keep, trunk, use_cache=use_cache, **more)
         kept = output.past_key_values if use_cache else None
         if cache is None and kept is not None:
             from lightning_rlhf.models.cache import give_room  # imports transformers, which is there by now
 
             give_room(kept)
-        return DecoderOutput(_last(output.logits, keep), _last(states[-1], keep), kept, trunk)
+        return DecoderOutput(_last(output.logits, keep), _last(states[-1], keep), kept, seen[-1] if seen else None)
 
     def read(self, reading: Reading, temperature: float = 1.0) -> Said:
         """Says of tokens how likely they were.
@@ -163,7 +164,7 @@ class Decoder(nn.Module):
             return torch.stack(both, dim=-1)
 
         with _hooked(head, choose), _instead(head, say) if is_plain else nullcontext():
-            output, _ = self._run(reading.tokens, reading.mask, reading.positions, reading.keep, reading.trunk)
+            output = self._run(reading.tokens, reading.mask, reading.positions, reading.keep, reading.trunk)
         if is_plain:
             logprobs, entropy = output.logits.unbind(-1)
         else:
@@ -171,19 +172,36 @@ class Decoder(nn.Module):
             logprobs, entropy = response_logprobs(logits, reading.targets, temperature)
         return Said(logprobs, entropy, states[-1])
 
+    def _watched(self, trunk: Tensor | None) -> AbstractContextManager[list[Tensor]]:
+        """What the lowest block that trains reads in a pass."""
+        if self.trunk is None or trunk is not None:
+            return nullcontext([] if trunk is None else [trunk])
+        return self.trunk.watched(self.model)
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the blocks, each by itself; lengths may differ from pass to pass.
+
+        Args:
+            **options: Of ``torch.compile``.
+
+        Raises:
+            ValueError: If the blocks were not found.
+        """
+        if self.blocks is None:
+            raise ValueError(f"`compile`: the blocks of {type(self.model).__name__} were not found: leave it out.")
+        for name in self.blocks.blocks:
+            self.model.get_submodule(name).compile(**{"dynamic": True, **options})
+        self.is_compiled = True
+
     def _run(
         self, tokens: Tensor, mask: Tensor, positions: Tensor, keep: int, trunk: Tensor | None, **more: Any
-    ) -> tuple[Any, Tensor | None]:
-        """The model's output, and the trunk if it can be kept."""
+    ) -> Any:
         arguments = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep, "use_cache": False}
         arguments = {name: value for name, value in {**arguments, **more}.items() if name in self.accepted}
-        if self.trunk is None:
-            return self.model(input_ids=tokens, **arguments), trunk
-        if trunk is not None:
+        if self.trunk is not None and trunk is not None:
             with self.trunk.replaced(self.model, trunk):
-                return self.model(input_ids=tokens, **arguments), trunk
-        with self.trunk.watched(self.model) as seen:
-            return self.model(input_ids=tokens, **arguments), seen[-1]
+                return self.model(input_ids=tokens, **arguments)
+        return self.model(input_ids=tokens, **arguments)
 
     def sample(self) -> tuple[Int[Tensor, "1 total"], Bool[Tensor, "1 total"]]:
         """A few tokens to try things on, and their mask."""

@@ -63,6 +63,8 @@ class RLHFModule(EvaluatedModule):
         lr_scheduler: ``"constant"``, ``"linear"`` or ``"cosine"`` over the run's progress, or a factory that is
             stepped after every update.
         warmup_updates: Updates over which a named schedule rises from 0.
+        compile: Whether ``torch.compile`` compiles the policy's blocks for the passes that train; or options for it, such
+            as ``{"mode": "max-autotune"}``. For GPUs: on a CPU it is slower (`docs/performance.md`).
         evaluation_sampling: What differs from ``sampling`` when responses are written for evaluation or prediction,
             such as ``{"temperature": 0}``.
         **unknown: Refused by name.
@@ -80,6 +82,7 @@ class RLHFModule(EvaluatedModule):
         optimizer: OptimizerLike = None,
         lr_scheduler: SchedulerLike = "constant",
         warmup_updates: int = 0,
+        compile: bool | dict[str, Any] = False,  # noqa: A002
         evaluation_sampling: SamplingChanges = None,
         **unknown: Any,
     ) -> None:
@@ -92,6 +95,7 @@ class RLHFModule(EvaluatedModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.warmup_updates = warmup_updates
+        self.compile_options = compile
         self.sampling = Sampling()
         self.sampling_changes = evaluation_sampling
         self.sampling.but(evaluation_sampling, "evaluation_sampling")  # what is misspelt is better said now
@@ -127,6 +131,8 @@ class RLHFModule(EvaluatedModule):
         """Makes the policy, under a random state that depends on the seed alone."""
         decoder = self.load_decoder(self.spec)
         freeze(decoder, self.spec.num_layers_unfrozen)
+        if self.compile_options is not False:
+            decoder.compile(**({} if self.compile_options is True else self.compile_options))
         self.policy = Policy(decoder, self.sampling.temperature or 1.0)
         if self.with_value_head:
             self.policy.value_head = ValueHead(decoder.width).to(decoder.model.get_output_embeddings().weight.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -80,10 +81,14 @@ class TextModule(Remembering, L.LightningModule, ABC):
         was_training = self.policy.training
         self.policy.eval()
         try:
-            with held(self.policy):
+            with held(self.policy), self._eager():
                 return loop(prompt_tokens, prompt_mask, uniforms, group_size)
         finally:
             self.policy.train(was_training)
+
+    def _eager(self) -> AbstractContextManager[Any]:
+        """Compiled blocks are for passes that train: token by token, every step would be of another shape."""
+        return torch.compiler.set_stance("force_eager") if self.policy.decoder.is_compiled else nullcontext()
 
     def respond(
         self,
