@@ -63,8 +63,8 @@ class RLHFModule(EvaluatedModule):
         lr_scheduler: ``"constant"``, ``"linear"`` or ``"cosine"`` over the run's progress, or a factory that is
             stepped after every update.
         warmup_updates: Updates over which a named schedule rises from 0.
-        compile: Whether ``torch.compile`` compiles the policy's blocks for the passes that train; or options for it, such
-            as ``{"mode": "max-autotune"}``. For GPUs: on a CPU it is slower (`docs/performance.md`).
+        compile: Whether ``torch.compile`` compiles the policy's blocks for the passes that train; or options for it,
+            such as ``{"mode": "max-autotune"}``. For GPUs: on a CPU it is slower (`docs/performance.md`).
         evaluation_sampling: What differs from ``sampling`` when responses are written for evaluation or prediction,
             such as ``{"temperature": 0}``.
         **unknown: Refused by name.

@@ -22,10 +22,11 @@ from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.modules.evaluation import PromptEvaluation
 from lightning_rlhf.modules.manual import ManualModule
-from lightning_rlhf.modules.ranks import agree, most_over_ranks, rank, sum_over_ranks, world_size
+from lightning_rlhf.modules.ranks import most_over_ranks, rank, sum_over_ranks, world_size
 from lightning_rlhf.modules.resuming import STATE
 from lightning_rlhf.modules.sampler import SamplerCorrection
 from lightning_rlhf.modules.scaling import RewardScaling, ScoreScaler
+from lightning_rlhf.modules.scoring import scored
 from lightning_rlhf.rewards.combine import CombinedReward, RewardLike
 from lightning_rlhf.rewards.metrics import MetricFunction, MetricLike
 
@@ -48,6 +49,8 @@ class OnlineModule(PromptEvaluation, ManualModule):
         reward_scaling: After clipping, divides scores by the standard deviation of all scores so far (``"running"``)
             or of the first iteration (``"first"``); the mean is never taken off.
         missing_eos_penalty: Taken off the score of a response that was cut off, before clipping.
+        reward_in_background: Whether rewards work in a thread of their own while the reference reads, for those that
+            wait for an endpoint.
         metric_fn: Called in evaluation as a reward is; returns a dict of numbers, which are logged under their names.
         trunk_gib: Memory, in GiB and per process, that what frozen blocks made of an iteration's tokens may take. It is
             kept so that they run once; where it would take more they run in every pass, with the same result.
@@ -73,6 +76,7 @@ class OnlineModule(PromptEvaluation, ManualModule):
         reward_clip: float | None = 10.0,
         reward_scaling: RewardScaling | None = None,
         missing_eos_penalty: float | None = None,
+        reward_in_background: bool = False,
         metric_fn: MetricLike | None = None,
         trunk_gib: float = 4.0,
         recompute_logprobs: bool = False,
@@ -91,6 +95,8 @@ class OnlineModule(PromptEvaluation, ManualModule):
                 f"`reference={reference!r}` would be read by nothing at `kl_coef=0`: leave one of them out."
             )
         self.reward = CombinedReward(reward)
+        self.reward_in_background = reward_in_background
+        self._ahead: Tensor | None = None  # log-probs under the reference, read while the reward worked
         self.reference_spec = None if reference is None else ModelSpec.of(reference)
         if self.reference_spec is not None and self.reference_spec.num_layers_unfrozen != -1:
             raise ValueError(
@@ -110,8 +116,6 @@ class OnlineModule(PromptEvaluation, ManualModule):
         self.corrected = SamplerCorrection(recompute_logprobs, importance_cap)
         self.with_final_values = False
         self._began: dict[str, Any] | None = None  # how the iteration that is under way did, None between two
-
-    # --- an iteration -------------------------------------------------------------------------------------------
 
     def training_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """One iteration."""
@@ -175,13 +179,12 @@ class OnlineModule(PromptEvaluation, ManualModule):
         Returns:
             The scores.
         """
-        error: Exception | None = None
-        scores = Scores(total=torch.zeros(len(rollouts), device=self.device, dtype=torch.float32))
-        try:
-            scores = self.reward(rollouts, self.tokenizer)
-        except Exception as failure:
-            error = failure
-        self.rows_of_largest = agree(error, f"`reward` {self.reward.name!r}", len(rollouts), self.device)
+
+        def read_ahead() -> None:
+            self._ahead = None if self.reference is None else self.reference_logprobs(rollouts)
+
+        meanwhile = read_ahead if self.reward_in_background else None
+        scores, self.rows_of_largest = scored(self.reward, rollouts, self.tokenizer, meanwhile)
         return scores
 
     def reference_logprobs(self, rollouts: Rollouts) -> Tensor | None:
@@ -193,8 +196,9 @@ class OnlineModule(PromptEvaluation, ManualModule):
         Returns:
             (batch, response), 0 in the padding; or None while ``kl_coef`` is 0.
         """
-        if self.kl_coef == 0:
-            return None
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None or self.kl_coef == 0:
+            return ahead
         if self.reference is None:
             raise ValueError(f"`kl_coef={self.kl_coef}` was 0 when the networks were built: begin above 0.")
         return self.logprobs_by(self.reference.logprobs, rollouts)
@@ -247,8 +251,6 @@ class OnlineModule(PromptEvaluation, ManualModule):
         self._began = None
         if self.reference is not None:
             self.reference.check()
-
-    # --- networks and state -------------------------------------------------------------------------------------
 
     def build(self) -> None:
         """Makes the policy and, if one will be read, the reference."""

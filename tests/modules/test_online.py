@@ -1,4 +1,5 @@
 import functools
+import threading
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from lightning_rlhf.batches import PromptBatch
 from lightning_rlhf.data.tokens import padded
 from lightning_rlhf.models.reference import fingerprint
 from tests.networks import PAD, network, tiny_gpt2, word_tokenizer
-from tests.training import PROMPTS, Seen, bare_trainer, fit, module_of, weights
+from tests.training import PROMPTS, Seen, bare_trainer, fit, module_of, share_of_early_letters, weights
 
 
 def ppo(**arguments):
@@ -231,7 +232,7 @@ def test_whatever_goes_wrong_while_scoring_the_other_processes_are_told(monkeypa
         raise failure
 
     told = []
-    monkeypatch.setattr("lightning_rlhf.modules.online.agree", agree)
+    monkeypatch.setattr("lightning_rlhf.modules.scoring.agree", agree)
     module = ppo()
     monkeypatch.setattr(type(module.reward), "__call__", lambda reward, *args: fail(*args))
     with pytest.raises(type(failure)):
@@ -293,3 +294,42 @@ def test_the_reference_may_be_another_model():
     metrics = fit(module, iterations=1).metrics[0]
     assert fingerprint(module.reference.network.decoder.model) == fingerprint(other)
     assert abs(metrics["kl/sequence"]) > 0.1
+
+
+def test_a_reward_works_while_the_reference_reads():
+    threads, events = [], []
+
+    def waits(prompts, responses):
+        threads.append(threading.current_thread())
+        assert read.wait(timeout=20), "the reference did not read meanwhile"
+        read.clear()
+        events.append("scored")
+        return share_of_early_letters(prompts, responses)
+
+    read = threading.Event()
+    module = ppo(reward=waits, reward_in_background=True)
+    module.configure_model()
+    reference = module.reference.logprobs
+
+    def reads(*args):
+        logprobs = reference(*args)
+        events.append("read")
+        read.set()
+        return logprobs
+
+    module.reference.logprobs = reads
+    fit(module, iterations=2)
+    assert events == ["read", "scored", "read", "scored"]  # the reference read once an iteration
+    assert all(thread is not threading.main_thread() for thread in threads)
+    alone = ppo()
+    fit(alone, iterations=2)
+    assert torch.equal(weights(module), weights(alone))
+
+
+@pytest.mark.invariant(39)
+def test_a_reward_that_fails_in_the_background_fails_with_its_own_error():
+    def lost(prompts, responses):
+        raise KeyError("there is no such film")
+
+    with pytest.raises(RuntimeError, match="`reward` 'lost' raised KeyError: 'there is no such film'"):
+        fit(ppo(reward=lost, reward_in_background=True), iterations=1)
