@@ -124,6 +124,18 @@ class Result:
         return median(sum(p + r for p, r in iteration["rows"]) for iteration in self.iterations)
 
     @property
+    def tokens_per_second(self) -> float:
+        """The same over the seconds of the iteration, at the median."""
+        return median(sum(p + r for p, r in i["rows"]) / i["seconds"] for i in self.iterations)
+
+    def without_reward_network(self) -> float | None:
+        """Median seconds less those of a network that scores; None where there is none."""
+        scoring = self.seconds("reward_model")
+        if not scoring:
+            return None
+        return median(whole - reward for whole, reward in zip(self.seconds(), scoring, strict=True))
+
+    @property
     def response_length(self) -> float:
         """Mean tokens of a response."""
         lengths = [response for iteration in self.iterations for _, response in iteration["rows"]]
@@ -175,6 +187,7 @@ class Result:
             "share_of_matrix_rate": {"whole": self.share(matrix_rate), **shares},
             "gflop": median(self.gflop()),
             "tokens": self.tokens,
+            "tokens_per_second": self.tokens_per_second,
             "response_length": self.response_length,
             "peak_gib": self.peak,
             "dropped": self.dropped,

@@ -4,38 +4,109 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def matrix_rate(threads: int, repeats: int = 10, n: int = 2048) -> float:
-    """The best rate of a product of two square matrices in single precision.
+SHAPES = ((2048, 2048, 2048), (4096, 512, 2048), (4096, 2048, 512), (2048, 512, 16384))
+"""Rows, inner and outer size of the products that are timed: a cube, and what a block and a head of width 512 make."""
+
+RATE_FROM = {
+    "MKL": lambda x, weight: torch.mm(x, weight.t()),
+    "oneDNN": lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""),
+}
+"""Whose products are timed: those that torch calls by itself, on x86 MKL's, and those of oneDNN."""
+
+
+@dataclass(frozen=True)
+class MatrixRate:
+    """What a library's matrix products reach in single precision.
+
+    Attributes:
+        library: A key of :data:`RATE_FROM`.
+        gflops: GFLOP a second, of the fastest.
+        shape: Which that was.
+    """
+
+    library: str
+    gflops: float
+    shape: tuple[int, int, int]
+
+    def __str__(self) -> str:
+        return f"{self.library} {self.gflops:.0f} GFLOP/s ({' x '.join(map(str, self.shape))})"
+
+
+def matrix_rates(
+    threads: int, repeats: int = 8, shapes: Sequence[tuple[int, int, int]] = SHAPES
+) -> dict[str, MatrixRate]:
+    """The best rates of matrix products in single precision.
 
     Args:
         threads: Of torch.
-        repeats: Of which the fastest counts.
-        n: Rows and columns.
+        repeats: Of every product, of which the fastest counts.
+        shapes: Rows, inner and outer size of the products.
+
+    Returns:
+        By library; oneDNN only where torch was built with it.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    rates: dict[str, MatrixRate] = {}
+    try:
+        for library, product in RATE_FROM.items():
+            if library == "MKL" or torch.backends.mkldnn.is_available():
+                timed = [MatrixRate(library, _rate_of(product, shape, repeats), shape) for shape in shapes]
+                rates[library] = max(timed, key=lambda rate: rate.gflops)
+    finally:
+        torch.set_num_threads(before)
+    return rates
+
+
+def better(*measured: Mapping[str, MatrixRate]) -> dict[str, MatrixRate]:
+    """The best of several measurements, library by library.
+
+    Args:
+        *measured: Of :func:`matrix_rates`.
+
+    Returns:
+        Likewise.
+    """
+    libraries = {library for rates in measured for library in rates}
+    return {
+        library: max((rates[library] for rates in measured if library in rates), key=lambda rate: rate.gflops)
+        for library in RATE_FROM
+        if library in libraries
+    }
+
+
+def best(rates: Mapping[str, MatrixRate]) -> float:
+    """What the machine reaches, by whichever library.
+
+    Args:
+        rates: Of :func:`matrix_rates`.
 
     Returns:
         In GFLOP a second.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        a, b = torch.rand(n, n), torch.rand(n, n)
-        out = torch.empty(n, n)
-        fastest = float("inf")
+    return max(rate.gflops for rate in rates.values())
+
+
+def _rate_of(product: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, int, int], repeats: int) -> float:
+    rows, inner, outer = shape
+    x, weight = torch.rand(rows, inner), torch.rand(outer, inner)
+    fastest = float("inf")
+    with torch.no_grad():
         for _ in range(repeats):
             started = time.perf_counter()
-            torch.mm(a, b, out=out)
+            product(x, weight)
             fastest = min(fastest, time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(before)
-    return 2 * n**3 / fastest / 1e9
+    return 2 * rows * inner * outer / fastest / 1e9
 
 
 def peak_memory(proc: Path = Path("/proc")) -> float:
@@ -47,13 +118,37 @@ def peak_memory(proc: Path = Path("/proc")) -> float:
     Returns:
         In GiB.
     """
-    status = proc / "self" / "status"
-    if status.exists():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) / 2**20
+    if (proc / "self" / "status").exists():
+        return _memory("VmHWM", proc)
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # in bytes on macOS
+
+
+def memory_now(proc: Path = Path("/proc")) -> float:
+    """The memory that this process holds.
+
+    Args:
+        proc: Where Linux tells.
+
+    Returns:
+        In GiB.
+    """
+    return _memory("VmRSS", proc)
+
+
+def forget_peak(proc: Path = Path("/proc")) -> None:
+    """Lets :func:`peak_memory` begin anew, from what this process holds now.
+
+    Args:
+        proc: Where Linux is told.
+    """
+    (proc / "self" / "clear_refs").write_text("5")
+
+
+def _memory(name: str, proc: Path) -> float:
+    (line,) = (line for line in (proc / "self" / "status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) / 2**20
 
 
 @dataclass(frozen=True)

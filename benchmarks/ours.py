@@ -90,7 +90,7 @@ def module_of(case: Case) -> L.LightningModule:
         "optimizer": functools.partial(torch.optim.AdamW, lr=workload.LEARNING_RATE, fused=True),
         "seed": 0,
     }
-    if case.row in ("sft", "generate"):
+    if case.row in ("sft", "sft_packed", "generate"):
         return SFTModule(spec, **shared)
 
     def score(prompts: list[str], responses: list[str], response_tokens: list[Tensor]) -> list[float]:
@@ -101,6 +101,7 @@ def module_of(case: Case) -> L.LightningModule:
         "sampling": {"max_new_tokens": workload.MAX_NEW_TOKENS, "temperature": 1.0},
         "num_epochs": case.epochs,
         "minibatch_size": case.minibatch_size,
+        "micro_batch_size": case.micro_batch_size or None,
     }
     if case.row == "ppo":
         return PPOModule(spec, kl_coef=workload.KL_COEF, gamma=1.0, gae_lambda=0.95, **shared)
@@ -119,8 +120,11 @@ def fit(case: Case, module: L.LightningModule, callback: Callback) -> None:
     data: L.LightningDataModule
     if case.row == "sft":
         data = ConversationDataModule(case.examples(), batch_size=workload.BATCH, shuffle=False)
+    elif case.row == "sft_packed":
+        room = workload.PACKED_ROWS * workload.MAX_LENGTH
+        data = ConversationDataModule(case.examples(), batch_tokens=room, shuffle=False)
     else:
-        data = PromptDataModule(case.prompts(), batch_size=workload.BATCH // case.group_size, shuffle=False)
+        data = PromptDataModule(case.prompts(), batch_size=case.batch // case.group_size, shuffle=False)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
@@ -188,5 +192,12 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-RUNS = {"ppo": online, "grpo": online, "grpo_mu": online, "sft": offline, "generate": generate}
+RUNS = {
+    "ppo": online,
+    "grpo": online,
+    "grpo_mu": online,
+    "sft": offline,
+    "sft_packed": offline,
+    "generate": generate,
+}
 """How each row is run."""

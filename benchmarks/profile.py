@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import ours, workload
 from benchmarks.alternation import ROOT
-from benchmarks.machine import matrix_rate
-from benchmarks.speed import markdown_table
+from benchmarks.machine import matrix_rates
+from benchmarks.tables import command_line, markdown_table
 from benchmarks.useful import work
 from benchmarks.workload import SIZES, Case
 
@@ -208,10 +208,12 @@ def main(args: list[str] | None = None) -> None:
         found = run(case)
 
     heading, *lines = lines_of(found, options.top)
-    useful, rate = work(case, "ours", found.rows), matrix_rate(options.threads)
+    useful, rates = work(case, "ours", found.rows), matrix_rates(options.threads)
     facts = [
+        f"`{command_line('benchmarks.profile', args)}`",
         f"{options.row} {options.size} {options.lengths}: {found.wall:.2f} s under the profiler, {options.threads} "
-        f"threads, useful work {sum(useful.values()):.0f} GFLOP, {rate:.0f} GFLOP/s in the best matrix product."
+        f"threads, useful work {sum(useful.values()):.0f} GFLOP; the best matrix products: "
+        f"{', '.join(map(str, rates.values()))}. Seconds are an operator's own, without those that it calls.",
     ]
     table = Table(*heading)
     for line in lines:

@@ -1,13 +1,17 @@
 """Seconds and memory of this library beside TRL or transformers, on the same work, in turns.
 
-Each row is one or several of ``ppo grpo grpo_mu sft generate``, such as::
+Each row is one or several of ``ppo grpo grpo_mu sft sft_packed generate``, such as::
 
     python -m benchmarks.speed ppo --size base --lengths ragged
     python -m benchmarks.speed ppo --size base --unfrozen 2
+    python -m benchmarks.speed sft --size base --kernel onednn mkl
 
 TRL is measured where ``python -m benchmarks.environments`` has put it. An iteration during which other processes used
 more than a quarter of a core is made again. What comes out is printed, and written to ``outputs/speed/`` as JSON and
 as a table in Markdown.
+
+Systems do the same work and are compared by their seconds, but for ``sft_packed``, where each packs in its own way and
+real tokens a second count.
 """
 
 from __future__ import annotations
@@ -17,9 +21,9 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -27,130 +31,43 @@ from rich.table import Table
 
 from benchmarks import environments, workload
 from benchmarks.alternation import ROOT, Result, measure
-from benchmarks.machine import matrix_rate
-from benchmarks.useful import PHASES
+from benchmarks.machine import MatrixRate, best, better, matrix_rates
+from benchmarks.tables import HEADINGS, command_line, facts_of, lines_of, markdown_table
 from benchmarks.workload import SIZES, Case
 
-PEERS = {"ppo": "trl", "grpo": "trl", "grpo_mu": "trl", "sft": "trl", "generate": "transformers"}
+PEERS = {
+    "ppo": "trl",
+    "grpo": "trl",
+    "grpo_mu": "trl",
+    "sft": "trl",
+    "sft_packed": "trl",
+    "generate": "transformers",
+}
 """The rows, and beside whom each is measured."""
 
-HEADINGS = (
-    "row",
-    "system",
-    "seconds (min to max)",
-    *PHASES,
-    "times as fast",
-    "response tokens",
-    "tokens/s",
-    "of matrix rate",
-    "peak GiB",
-    "iterations",
-)
+KERNELS = {"onednn": "ours", "mkl": "ours_mkl"}
+"""Whose matrix products this library is measured with, and the name of the system that it then is."""
 
 
-def pythons_of(row: str, systems: Sequence[str]) -> dict[str, Path]:
+def pythons_of(row: str, systems: Sequence[str], kernels: Sequence[str] = ("onednn",)) -> dict[str, Path]:
     """Who can run a row here.
 
     Args:
         row: Such as ``"ppo"``.
         systems: Who is asked for; both where it is empty.
+        kernels: Keys of :data:`KERNELS`.
 
     Returns:
         Systems, and the interpreter of each.
     """
     peer = environments.python_of(row) if PEERS[row] == "trl" else Path(sys.executable)
-    found = {"ours": Path(sys.executable), PEERS[row]: peer}
-    return {name: python for name, python in found.items() if python is not None and (not systems or name in systems)}
-
-
-def cells(result: Result, rate: float, baseline: float) -> list[str]:
-    """A line of the table.
-
-    Args:
-        result: Of a system.
-        rate: Of matrix products, in GFLOP a second.
-        baseline: Median seconds of the system that it is compared with, the last one of its row.
-
-    Returns:
-        A text for each of :data:`HEADINGS`.
-    """
-    case, seconds = result.case, result.seconds()
-    trains = "" if case.num_layers_unfrozen == -1 or result.system != "ours" else f", top {case.num_layers_unfrozen}"
-    phases = [f"{median(result.seconds(phase)):.2f}" if result.seconds(phase) else "" for phase in PHASES]
-    dropped = f", {result.dropped} dropped" if result.dropped else ""
-    return [
-        f"{case.row} {case.size} {case.lengths}{trains}",
-        result.system,
-        f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
-        *phases,
-        f"{baseline / median(seconds):.2f}",
-        f"{result.response_length:.0f}",
-        f"{result.tokens / median(seconds):.0f}",
-        f"{100 * (result.share(rate) or 0.0):.0f} %",
-        f"{result.peak:.2f}",
-        f"{len(seconds)}{dropped}" + (f", {result.disturbed} DISTURBED" if result.disturbed else ""),
-    ]
-
-
-def lines_of(results: Sequence[Result], rate: float) -> list[list[str]]:
-    """The lines of one row: every system, and TRL's PPO once more without the time of its reward network.
-
-    Args:
-        results: Of all systems, ours first.
-        rate: Of matrix products, in GFLOP a second.
-
-    Returns:
-        Cells, line by line.
-    """
-    baseline = median(results[-1].seconds())
-    lines = [cells(result, rate, baseline) for result in results]
-    for result in results:
-        if result.seconds("reward_model"):
-            pairs = zip(result.seconds(), result.seconds("reward_model"), strict=True)
-            without = median(whole - reward for whole, reward in pairs)
-            line = [""] * len(HEADINGS)
-            line[1:3] = f"{result.system}, no reward network", f"{without:.2f}"
-            line[HEADINGS.index("times as fast")] = f"{baseline / without:.2f}"
-            lines.append(line)
-    return lines
-
-
-def markdown_table(lines: Sequence[Sequence[str]], facts: Sequence[str]) -> str:
-    """A table for a page of text.
-
-    Args:
-        lines: Cells, line by line; the first are headings.
-        facts: Sentences to go below it.
-
-    Returns:
-        The text.
-    """
-    heading, *rest = lines
-    return "\n".join(
-        ["| " + " | ".join(line) + " |" for line in [heading, ["---"] * len(heading), *rest]] + ["", *facts, ""]
-    )
-
-
-def facts_of(results: Sequence[Result], rate: float, threads: int) -> list[str]:
-    """What must be known to read the table.
-
-    Args:
-        results: All of them.
-        rate: Of matrix products, in GFLOP a second.
-        threads: Of torch.
-
-    Returns:
-        Sentences.
-    """
-    versions = {system: r.iterations[0]["versions"] for r in results for system in [f"{r.system} ({r.case.row})"]}
-    facts = [f"{threads} threads; a product of two 2048 x 2048 matrices in single precision: {rate:.0f} GFLOP/s."]
-    by_text: dict[str, list[str]] = {}
-    for system, found in versions.items():
-        by_text.setdefault(", ".join(f"{name} {number}" for name, number in found.items()), []).append(system)
-    facts += [f"{', '.join(systems)}: {text}." for text, systems in by_text.items()]
-    if any(r.disturbed for r in results):
-        facts.append("DISTURBED: other processes used the machine; only ratios, and only roughly, mean anything.")
-    return facts
+    wanted = systems or ["ours", PEERS[row]]
+    found: dict[str, Path | None] = {}
+    if "ours" in wanted:
+        found = {KERNELS[kernel]: Path(sys.executable) for kernel in kernels}
+    if PEERS[row] in wanted:
+        found[PEERS[row]] = peer
+    return {name: python for name, python in found.items() if python is not None}
 
 
 def parsed(args: list[str] | None) -> argparse.Namespace:
@@ -173,13 +90,15 @@ def parsed(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--attempts", type=int, help="iterations at most; three times those that count by default")
     parser.add_argument("--others", type=float, default=0.25, help="cores that other processes may use meanwhile")
     parser.add_argument("--systems", nargs="+", default=[], choices=["ours", "trl", "transformers"], help="only these")
+    parser.add_argument("--kernel", nargs="+", default=["onednn"], choices=list(KERNELS), help="of our products")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of torch")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "speed", help="folder to write to")
     options = parser.parse_args(args)
     options.attempts = options.attempts or 3 * options.iterations
+    options.command = command_line("benchmarks.speed", args)
     if not 1 <= options.iterations <= options.attempts:
         parser.error(f"--iterations {options.iterations} must be at least 1, and at most --attempts {options.attempts}")
-    if options.unfrozen != -1 and set(options.rows) & {"sft", "generate"}:
+    if options.unfrozen != -1 and set(options.rows) & {"sft", "sft_packed", "generate"}:
         parser.error(f"--unfrozen {options.unfrozen} goes with ppo, grpo and grpo_mu")
     return options
 
@@ -193,12 +112,12 @@ def main(args: list[str] | None = None) -> None:
     options = parsed(args)
     options.output.mkdir(parents=True, exist_ok=True)
     console = Console()
-    rate = matrix_rate(options.threads)
+    rates = matrix_rates(options.threads)
     done: list[list[Result]] = []
     with tempfile.TemporaryDirectory() as folder:
         workload.save(Path(folder), SIZES[options.size], options.lengths)
         for row in options.rows:
-            pythons = pythons_of(row, options.systems)
+            pythons = pythons_of(row, options.systems, options.kernel)
             if PEERS[row] not in pythons and PEERS[row] in (options.systems or [PEERS[row]]):
                 console.print(f"{row}: no {PEERS[row]} here; `python -m benchmarks.environments` installs it")
             if not pythons:
@@ -207,22 +126,25 @@ def main(args: list[str] | None = None) -> None:
                 row, options.size, options.lengths, folder, options.threads, options.attempts + 2, options.unfrozen
             )
             done.append(measure(case, pythons, options.iterations, options.attempts, options.others, options.output))
-            rate = max(rate, matrix_rate(options.threads))
+            rates = better(rates, matrix_rates(options.threads))
     if done:
-        report(done, rate, options, console)
+        report(done, rates, options, console)
 
 
-def report(done: Sequence[Sequence[Result]], rate: float, options: argparse.Namespace, console: Console) -> None:
+def report(
+    done: Sequence[Sequence[Result]], rates: Mapping[str, MatrixRate], options: argparse.Namespace, console: Console
+) -> None:
     """Prints the table, and writes it beside all that was measured.
 
     Args:
         done: Results, row by row.
-        rate: Of matrix products, in GFLOP a second.
+        rates: Of matrix products.
         options: Of the command line.
         console: To print to.
     """
+    rate = best(rates)
     lines = [line for results in done for line in lines_of(results, rate)]
-    facts = facts_of([result for results in done for result in results], rate, options.threads)
+    facts = facts_of(done, rates, options.threads, options.command)
     table = Table(*HEADINGS)
     for line in lines:
         table.add_row(*line)
@@ -230,8 +152,10 @@ def report(done: Sequence[Sequence[Result]], rate: float, options: argparse.Name
 
     name = "-".join([*options.rows, options.size, options.lengths])
     name += "" if options.unfrozen == -1 else f"-top{options.unfrozen}"
+    name += "" if options.kernel == ["onednn"] else f"-{'-'.join(options.kernel)}"
     everything: dict[str, Any] = {
-        "matrix_rate_gflops": rate,
+        "command": options.command,
+        "matrix_rate_gflops": {library: asdict(found) for library, found in rates.items()},
         "threads": options.threads,
         "results": [result.summary(rate) for results in done for result in results],
     }

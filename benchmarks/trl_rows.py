@@ -188,7 +188,7 @@ def grpo(case: Case, gate: Gate) -> None:
 
 
 def sft(case: Case, gate: Gate) -> None:
-    """Supervised fine-tuning on prompts and their completions.
+    """Supervised fine-tuning on prompts and their completions, each in a row of its own or packed.
 
     Args:
         case: What is done.
@@ -199,11 +199,14 @@ def sft(case: Case, gate: Gate) -> None:
     waits = Waits(gate, 1)
     # TRL tokenises prompt and completion as one text, so that the completion brings the space between them.
     rows = [{"prompt": row["prompt"], "completion": " " + row["response"]} for row in case.examples()]
+    packed = case.row == "sft_packed"
     config = SFTConfig(
         **arguments(case),
-        per_device_train_batch_size=workload.BATCH,
-        max_length=192,
-        train_sampling_strategy="sequential",
+        per_device_train_batch_size=workload.PACKED_ROWS if packed else workload.BATCH,
+        max_length=workload.MAX_LENGTH,
+        packing=packed,
+        # Packing puts the longest examples first; drawn at random, its steps are alike.
+        train_sampling_strategy="random" if packed else "sequential",
         dataset_num_proc=None,
     )
     trainer = SFTTrainer(
@@ -215,13 +218,19 @@ def sft(case: Case, gate: Gate) -> None:
     )
 
     def learnt(result: Any, model: Any, inputs: dict[str, torch.Tensor], *_: Any) -> None:
-        responses = (inputs["labels"] != -100).sum(1)
-        prompts = inputs["attention_mask"].sum(1) - responses
-        waits.rows = list(zip(prompts.tolist(), responses.tolist(), strict=True))
+        learns = inputs["labels"] != -100
+        if packed:  # one row, in which every example begins at position 0
+            example = (inputs["position_ids"][0] == 0).cumsum(0) - 1
+            responses = torch.bincount(example, learns[0])
+            prompts = torch.bincount(example) - responses
+        else:
+            responses = learns.sum(1)
+            prompts = inputs["attention_mask"].sum(1) - responses
+        waits.rows = [(int(p), int(r)) for p, r in zip(prompts, responses, strict=True)]
 
     gate.timed(trainer, "training_step", "training_step", learnt)
     trainer.train()
 
 
-RUNS = {"ppo": ppo, "grpo": grpo, "grpo_mu": grpo, "sft": sft}
+RUNS = {"ppo": ppo, "grpo": grpo, "grpo_mu": grpo, "sft": sft, "sft_packed": sft}
 """How each row is run."""

@@ -63,7 +63,7 @@ def work(case: Case, system: str, rows: Rows) -> dict[str, float]:
     body, top = blocks(case.network, rows), head(case.network, rows)
     if case.row == "generate":
         return dict(zip(PHASES, (body + top, 0.0, 0.0), strict=True))
-    if case.row == "sft":
+    if case.row.startswith("sft"):
         return dict(zip(PHASES, (0.0, 0.0, 3 * (body + top)), strict=True))
     has_reference = case.row == "ppo"
     if system == "trl" and case.row == "ppo":

@@ -22,6 +22,7 @@ from benchmarks.workload import Case
 
 SYSTEMS = {
     "ours": "benchmarks.ours",
+    "ours_mkl": "benchmarks.ours",
     "transformers": "benchmarks.transformers_rows",
     "trl": "benchmarks.trl_rows",
 }
@@ -66,12 +67,12 @@ class Gate:
 
         setattr(owner, name, watched)
 
-    def wait(self, rows: list[tuple[int, int]], **phases: float) -> None:
+    def wait(self, rows: list[tuple[int, int]], **more: float) -> None:
         """Ends an iteration, and begins the next once told to.
 
         Args:
             rows: Tokens of prompt and response of every row that was read or written in it.
-            **phases: Seconds, where they are not watched.
+            **more: Seconds of phases that are not watched, and whatever else is to be known of it.
 
         Raises:
             SystemExit: If there is to be no other.
@@ -80,7 +81,7 @@ class Gate:
         reply = {
             "seconds": seconds,
             **self.phases,
-            **phases,
+            **more,
             "rows": rows,
             "peak": peak_memory(),
             "versions": _versions(),
@@ -114,6 +115,8 @@ def main() -> None:
     system, case = sys.argv[1], Case(**json.loads(sys.argv[2]))
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
+    if system == "ours_mkl":
+        torch.backends.mkldnn.enabled = False
     runs = importlib.import_module(SYSTEMS[system]).RUNS
     runs[case.row](case, Gate(sys.stdin, replies))
 

@@ -32,6 +32,13 @@ MEAN_LENGTH = 24
 
 PROMPT_TOKENS = (32, 64)
 EXAMPLE_TOKENS = (32, 96)
+
+MAX_LENGTH = 192
+"""No example is longer than this many tokens."""
+
+PACKED_ROWS = 16
+"""Rows of ``MAX_LENGTH`` tokens that a packed step has room for."""
+
 LEARNING_RATE = 1e-6
 KL_COEF = 0.05
 GROUP_SIZE = 8
@@ -69,13 +76,16 @@ class Case:
     """One row of the table, as every system is told it.
 
     Args:
-        row: What is done: ``"ppo"``, ``"grpo"``, ``"grpo_mu"``, ``"sft"`` or ``"generate"``.
+        row: What is done: ``"ppo"``, ``"grpo"``, ``"grpo_mu"``, ``"sft"``, ``"sft_packed"`` or ``"generate"``.
         size: A key of :data:`SIZES`.
         lengths: Of responses.
         folder: With the network and the tokenizer to begin from.
         threads: Of torch.
         iterations: For so many there must be data, the one of warm-up included.
         num_layers_unfrozen: What trains, for systems that can freeze layers.
+        batch: Responses of an online iteration.
+        micro_batch_size: Where it is not 0, an epoch of this library is one optimizer step on the whole batch, of so
+            many responses at a time.
     """
 
     row: str
@@ -85,6 +95,8 @@ class Case:
     threads: int
     iterations: int
     num_layers_unfrozen: int = -1
+    batch: int = BATCH
+    micro_batch_size: int = 0
 
     @property
     def network(self) -> Size:
@@ -104,11 +116,11 @@ class Case:
     @property
     def minibatch_size(self) -> int:
         """Responses of an optimizer step."""
-        return 8 if self.row in ("ppo", "grpo_mu") else BATCH
+        return 8 if self.row in ("ppo", "grpo_mu") and not self.micro_batch_size else self.batch
 
     def prompts(self) -> list[str]:
         """Prompts of all iterations."""
-        return prompts(self.network, self.iterations * BATCH // self.group_size)
+        return prompts(self.network, self.iterations * self.batch // self.group_size)
 
     def examples(self) -> list[dict[str, str]]:
         """Examples of all steps."""

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import environments, speed
+from benchmarks import environments, speed, tables
 from benchmarks.alternation import Result, chosen, measure
-from benchmarks.machine import Clock, matrix_rate, peak_memory
+from benchmarks.machine import Clock, MatrixRate, best, better, forget_peak, matrix_rates, memory_now, peak_memory
 from benchmarks.useful import work
 from benchmarks.worker import Gate
 from benchmarks.workload import SIZES, Case, save
@@ -52,8 +52,38 @@ def test_the_memory_is_this_process_s_own_peak():
     del block
 
 
-def test_a_matrix_rate_is_two_operations_per_multiplication():
-    assert 0.1 < matrix_rate(1, repeats=3, n=128) < 5000
+def test_a_peak_that_was_forgotten_is_no_more_than_what_is_held_now():
+    block = bytearray(100 * 2**20)
+    block[::4096] = b"x" * len(block[::4096])
+    held = memory_now()
+    del block
+    assert peak_memory() >= held
+    forget_peak()
+    assert peak_memory() <= held - 0.09
+    assert memory_now() <= peak_memory() + 1e-3
+
+
+def test_a_matrix_rate_is_two_operations_per_multiplication(monkeypatch):
+    product = SimpleNamespace(slept=lambda x, weight: time.sleep(0.05))
+    monkeypatch.setattr("benchmarks.machine.RATE_FROM", {"MKL": product.slept})
+    (rate,) = matrix_rates(1, repeats=2, shapes=[(10, 20, 30), (1000, 2000, 50)]).values()
+    assert rate.shape == (1000, 2000, 50)
+    assert rate.gflops == pytest.approx(2 * 1000 * 2000 * 50 / 0.05 / 1e9, rel=0.2)
+    assert str(rate).endswith("GFLOP/s (1000 x 2000 x 50)")
+
+
+def test_torch_and_onednn_are_both_asked_for_their_best_product():
+    rates = matrix_rates(1, repeats=2, shapes=[(64, 64, 64)])
+    assert list(rates) == ["MKL", "oneDNN"]
+    assert all(0.01 < rate.gflops < 5000 for rate in rates.values())
+
+
+def test_the_best_of_several_measurements_counts_library_by_library():
+    first = {"MKL": MatrixRate("MKL", 3.0, (1, 1, 1)), "oneDNN": MatrixRate("oneDNN", 4.0, (1, 1, 1))}
+    second = {"MKL": MatrixRate("MKL", 2.0, (2, 2, 2)), "oneDNN": MatrixRate("oneDNN", 5.0, (2, 2, 2))}
+    found = better(first, second)
+    assert found == {"MKL": first["MKL"], "oneDNN": second["oneDNN"]}
+    assert best(found) == 5.0
 
 
 def test_disturbed_iterations_do_not_count():
@@ -104,13 +134,27 @@ def test_the_share_of_the_matrix_rate_is_useful_work_over_time():
 def test_a_row_of_the_table_says_how_much_faster_and_leaves_out_the_reward_network_once():
     ours = Result("ours", CASE, [iteration(2.0), iteration(4.0), iteration(3.0)])
     trl = Result("trl", CASE, [iteration(9.0, reward_model=1.5)], dropped=2)
-    lines = [dict(zip(speed.HEADINGS, line, strict=True)) for line in speed.lines_of([ours, trl], 100.0)]
+    lines = [dict(zip(tables.HEADINGS, line, strict=True)) for line in tables.lines_of([ours, trl], 100.0)]
     assert [line["system"] for line in lines] == ["ours", "trl", "trl, no reward network"]
     assert lines[0]["seconds (min to max)"] == "3.00 (2.00 to 4.00)"
     assert [line["times as fast"] for line in lines] == ["3.00", "1.00", "1.20"]
     assert lines[1]["iterations"] == "1, 2 dropped"
-    table = speed.markdown_table([speed.HEADINGS, *map(dict.values, lines)], ["A fact."])
+    table = tables.markdown_table([tables.HEADINGS, *map(dict.values, lines)], ["A fact."])
     assert len(table.splitlines()) == 2 + 3 + 2
+    facts = tables.facts_of([[ours, trl]], {"MKL": MatrixRate("MKL", 3.0, (1, 2, 3))}, 2, "python it.py")
+    assert facts[0] == "`python it.py`"
+    assert "2 threads" in facts[1]
+    assert "MKL 3 GFLOP/s (1 x 2 x 3)" in facts[1]
+    assert "ours is 2.50 times as fast as trl without" in facts[2]
+
+
+def test_systems_that_pack_in_their_own_way_are_compared_by_real_tokens():
+    case = Case("sft_packed", "small", "full", "", 1, 4)
+    ours = Result("ours", case, [iteration(2.0, rows=[(40, 60), (50, 50)]), iteration(1.0, rows=[(20, 30)])])
+    trl = Result("trl", case, [iteration(4.0, rows=[(40, 60)])])
+    first, second = (dict(zip(tables.HEADINGS, line, strict=True)) for line in tables.lines_of([ours, trl], 100.0))
+    assert (first["tokens/s"], second["tokens/s"]) == ("75", "25")
+    assert (first["times as fast"], second["times as fast"]) == ("3.00", "1.00")
 
 
 def test_only_environments_made_to_their_end_are_used(tmp_path, monkeypatch):
@@ -123,6 +167,8 @@ def test_only_environments_made_to_their_end_are_used(tmp_path, monkeypatch):
     assert "trl" not in speed.pythons_of("grpo", [])
     assert list(speed.pythons_of("generate", [])) == ["ours", "transformers"]
     assert list(speed.pythons_of("ppo", ["trl"])) == ["trl"]
+    assert list(speed.pythons_of("ppo", [], ["mkl"])) == ["ours_mkl", "trl"]
+    assert list(speed.pythons_of("ppo", ["ours"], ["onednn", "mkl"])) == ["ours", "ours_mkl"]
 
 
 @pytest.mark.parametrize("arguments", [["sft", "--unfrozen", "2"], ["ppo", "--iterations", "5", "--attempts", "4"]])
