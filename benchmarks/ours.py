@@ -37,14 +37,24 @@ class WaitsAfterIterations(Callback):
         self.rows = rows_of(experience)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """After them. Scoring is what lies between generation and updates: rewards, reference, advantages."""
+        """After them."""
+        self.gate.wait(self.rows, **self.known(trainer))
+
+    def known(self, trainer: L.Trainer) -> dict[str, float]:
+        """What an iteration took: scoring is all between generation and updates, rewards, reference and advantages.
+
+        Args:
+            trainer: That ran it.
+
+        Returns:
+            Seconds by phase.
+        """
         generate = float(trainer.callback_metrics["time/generate"])
-        self.gate.wait(
-            self.rows,
-            generate=generate,
-            score=self.scored - generate,
-            optimise=float(trainer.callback_metrics["time/update"]),
-        )
+        return {
+            "generate": generate,
+            "score": self.scored - generate,
+            "optimise": float(trainer.callback_metrics["time/update"]),
+        }
 
 
 class WaitsAfterSteps(Callback):

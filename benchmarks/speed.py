@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks import environments, workload
 from benchmarks.alternation import ROOT, Result, measure
 from benchmarks.machine import MatrixRate, best, better, matrix_rates
-from benchmarks.tables import HEADINGS, command_line, facts_of, lines_of, markdown_table
+from benchmarks.tables import HEADINGS, command_line, facts_of, lines_of, markdown_table, times_as_fast
 from benchmarks.workload import SIZES, Case
 
 PEERS = {
@@ -157,7 +157,11 @@ def report(
         "command": options.command,
         "matrix_rate_gflops": {library: asdict(found) for library, found in rates.items()},
         "threads": options.threads,
-        "results": [result.summary(rate) for results in done for result in results],
+        "results": [
+            {**result.summary(rate), "times_as_fast": times_as_fast(result, results[-1])}
+            for results in done
+            for result in results
+        ],
     }
     (options.output / f"{name}.json").write_text(json.dumps(everything, indent=1))
     (options.output / f"{name}.md").write_text(markdown_table([HEADINGS, *lines], facts))

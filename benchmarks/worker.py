@@ -22,6 +22,7 @@ from benchmarks.workload import Case
 
 SYSTEMS = {
     "ours": "benchmarks.ours",
+    "ours_memory": "benchmarks.batch_size",
     "ours_mkl": "benchmarks.ours",
     "transformers": "benchmarks.transformers_rows",
     "trl": "benchmarks.trl_rows",
