@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint check format bench bench-envs bench-randomwalks clean
+.PHONY: help install demo test lint check format bench bench-report bench-envs bench-randomwalks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,7 +49,22 @@ format: $(INSTALLED) ## let ruff rewrite the files
 	$(BIN)/ruff check --fix
 
 bench: $(INSTALLED) ## measure speed and memory, beside TRL where bench-envs put it; the small network, a few minutes
-	$(BIN)/python -m benchmarks.speed ppo grpo sft generate --iterations 3 --attempts 4
+	$(BIN)/python -m benchmarks.speed ppo grpo sft sft_packed generate --iterations 3 --attempts 4
+	$(BIN)/python -m benchmarks.speed ppo --unfrozen 2 --lengths ragged --iterations 3 --attempts 4
+
+# The names of what each line writes are those of the regions in docs/performance.md.
+bench-report: $(INSTALLED) ## measure all that docs/performance.md shows, on an idle machine, and fill it in
+	$(BIN)/python -m benchmarks.speed generate sft sft_packed grpo ppo --size base
+	$(BIN)/python -m benchmarks.speed generate grpo ppo --size base --lengths ragged
+	$(BIN)/python -m benchmarks.speed ppo --size base --unfrozen 2
+	$(BIN)/python -m benchmarks.speed ppo --size base --unfrozen 2 --lengths ragged
+	$(BIN)/python -m benchmarks.speed sft ppo --size base --kernel onednn mkl
+	$(BIN)/python -m benchmarks.unfrozen --size base
+	$(BIN)/python -m benchmarks.batch_size --size base
+	$(BIN)/python -m benchmarks.batch_size --size base --lengths ragged --micro-batch-tokens 1024
+	$(BIN)/python -m benchmarks.profile ppo --size base
+	$(BIN)/python -m benchmarks.profile sft --size base
+	$(BIN)/python -m benchmarks.report
 
 bench-envs: $(INSTALLED) ## make the environments that bench measures TRL in
 	$(BIN)/python -m benchmarks.environments --torch-index '$(TORCH_INDEX)'

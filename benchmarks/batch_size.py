@@ -179,7 +179,8 @@ def parsed(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--lengths", choices=["ragged", "full"], default="full", help="of responses")
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), metavar="N", help="responses")
-    parser.add_argument("--micro-batch-size", type=int, default=8, metavar="N", help="responses of a backward pass")
+    parser.add_argument("--micro-batch-size", type=int, default=0, metavar="N", help="responses of a backward pass; 8")
+    parser.add_argument("--micro-batch-tokens", type=int, default=0, metavar="N", help="tokens of one instead")
     parser.add_argument("--iterations", type=int, default=3, help="that count, after one of warm-up")
     parser.add_argument("--others", type=float, default=0.25, help="cores that other processes may use meanwhile")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of torch")
@@ -189,8 +190,15 @@ def parsed(args: list[str] | None) -> argparse.Namespace:
     wrong = [n for n in options.batches if n < 1 or n % GROUP_SIZE]
     if wrong:
         parser.error(f"--batches {wrong} must be multiples of {GROUP_SIZE}, the responses to a prompt in a group")
-    if options.micro_batch_size < 1 or options.iterations < 1:
-        parser.error("--micro-batch-size and --iterations must be at least 1")
+    if options.micro_batch_size and options.micro_batch_tokens:
+        parser.error("--micro-batch-size and --micro-batch-tokens say the same: choose one of them")
+    if min(options.micro_batch_size, options.micro_batch_tokens) < 0 or options.iterations < 1:
+        parser.error("--micro-batch-size, --micro-batch-tokens and --iterations must be at least 1")
+    if not options.micro_batch_tokens:
+        options.micro_batch_size = options.micro_batch_size or 8
+    options.piece = f"{options.micro_batch_tokens} tokens"
+    if options.micro_batch_size:
+        options.piece = f"{options.micro_batch_size} responses"
     options.command = command_line("benchmarks.batch_size", args)
     return options
 
@@ -217,6 +225,7 @@ def main(args: list[str] | None = None) -> None:
                 attempts + 2,
                 batch=batch,
                 micro_batch_size=options.micro_batch_size,
+                micro_batch_tokens=options.micro_batch_tokens,
             )
             pythons = {"ours_memory": Path(sys.executable)}
             (found,) = measure(case, pythons, options.iterations, attempts, options.others, options.output)
@@ -225,15 +234,15 @@ def main(args: list[str] | None = None) -> None:
     lines = [cost.line(costs[0]) for cost in costs]
     facts = [
         f"`{options.command}`",
-        f"{options.row} {options.size} {options.lengths}, {options.threads} threads, {options.micro_batch_size} "
-        "responses of a batch at a time, each epoch one optimizer step.",
+        f"{options.row} {options.size} {options.lengths}, {options.threads} threads, {options.piece} of a "
+        "batch at a time, each epoch one optimizer step.",
         verdict(costs),
     ]
     table = Table(*HEADINGS)
     for line in lines:
         table.add_row(*line)
     Console(width=max(Console().width, 130)).print(table, *facts, sep="\n")
-    name = f"{options.row}-{options.size}-{options.lengths}"
+    name = f"{options.row}-{options.size}-{options.lengths}" + ("-tokens" if options.micro_batch_tokens else "")
     (options.output / f"{name}.md").write_text(markdown_table([HEADINGS, *lines], facts))
 
 

@@ -112,6 +112,7 @@ def module_of(case: Case) -> L.LightningModule:
         "num_epochs": case.epochs,
         "minibatch_size": case.minibatch_size,
         "micro_batch_size": case.micro_batch_size or None,
+        "micro_batch_tokens": case.micro_batch_tokens or None,
     }
     if case.row == "ppo":
         return PPOModule(spec, kl_coef=workload.KL_COEF, gamma=1.0, gae_lambda=0.95, **shared)

@@ -95,7 +95,7 @@ def summary(folder: Path) -> str | None:
         by_row: dict[str, list[dict[str, Any]]] = {}
         for result in measured["results"]:
             by_row.setdefault(result["case"]["row"], []).append(result)
-        here = [_line(row) for row in by_row.values() if len(row) > 1 and row[0]["system"] == "ours"]
+        here = [_line(row) for row in by_row.values() if len(row) == 2 and row[0]["system"] == "ours"]
         if here:
             lines += here
             commands.append(f"`{measured['command']}`")

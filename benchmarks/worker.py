@@ -109,17 +109,29 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def run_of(system: str, case: Case) -> Callable[[Case, Gate], None]:
+    """What makes a system's iterations, once this process is as the system wants it.
+
+    Args:
+        system: A key of :data:`SYSTEMS`.
+        case: What is done.
+
+    Returns:
+        The function.
+    """
+    torch.set_num_threads(case.threads)
+    torch.manual_seed(0)
+    if system == "ours_mkl":
+        torch.backends.mkldnn.enabled = False
+    return importlib.import_module(SYSTEMS[system]).RUNS[case.row]
+
+
 def main() -> None:
     """Runs the system and the case that the command line names."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     system, case = sys.argv[1], Case(**json.loads(sys.argv[2]))
-    torch.set_num_threads(case.threads)
-    torch.manual_seed(0)
-    if system == "ours_mkl":
-        torch.backends.mkldnn.enabled = False
-    runs = importlib.import_module(SYSTEMS[system]).RUNS
-    runs[case.row](case, Gate(sys.stdin, replies))
+    run_of(system, case)(case, Gate(sys.stdin, replies))
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ class Case:
         batch: Responses of an online iteration.
         micro_batch_size: Where it is not 0, an epoch of this library is one optimizer step on the whole batch, of so
             many responses at a time.
+        micro_batch_tokens: Likewise, of so many tokens at a time.
     """
 
     row: str
@@ -97,6 +98,7 @@ class Case:
     num_layers_unfrozen: int = -1
     batch: int = BATCH
     micro_batch_size: int = 0
+    micro_batch_tokens: int = 0
 
     @property
     def network(self) -> Size:
@@ -116,7 +118,8 @@ class Case:
     @property
     def minibatch_size(self) -> int:
         """Responses of an optimizer step."""
-        return 8 if self.row in ("ppo", "grpo_mu") and not self.micro_batch_size else self.batch
+        in_pieces = self.micro_batch_size or self.micro_batch_tokens
+        return 8 if self.row in ("ppo", "grpo_mu") and not in_pieces else self.batch
 
     def prompts(self) -> list[str]:
         """Prompts of all iterations."""

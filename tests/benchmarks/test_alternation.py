@@ -8,13 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import environments, speed, tables
+from benchmarks import environments, ours, speed, tables, workload
 from benchmarks.alternation import Result, chosen, measure
 from benchmarks.machine import Clock, MatrixRate, best, better, forget_peak, matrix_rates, memory_now, peak_memory
 from benchmarks.useful import work
-from benchmarks.worker import Gate
+from benchmarks.worker import Gate, run_of
 from benchmarks.workload import SIZES, Case, save
+from lightning_rlhf.functional.linear import suits
 
 CASE = Case("ppo", "small", "full", "", 1, 4)
 
@@ -176,6 +178,32 @@ def test_what_cannot_be_measured_is_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         speed.parsed(arguments)
     assert arguments[1] in capsys.readouterr().err
+
+
+def test_without_onednn_the_same_work_is_done_by_mkl(monkeypatch):
+    case = Case("sft", "small", "full", "", torch.get_num_threads(), 1)
+    before = torch.backends.mkldnn.enabled
+    x, weight = torch.rand(1024, 128), torch.rand(128, 128)
+    try:
+        with torch.random.fork_rng():
+            assert run_of("ours", case) is run_of("ours_mkl", case)
+        assert not suits(x, weight)
+    finally:
+        torch.backends.mkldnn.enabled = before
+    assert suits(x, weight)
+
+
+def test_packed_examples_fill_the_room_that_rows_would_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(ours, "quiet", lambda: None)  # it would silence Lightning's loggers for the other tests as well
+    monkeypatch.setitem(workload.SIZES, "tiny", workload.Size(16, 2, 2, 64))
+    save(tmp_path, SIZES["tiny"], "full")
+    replies = io.StringIO()
+    case = Case("sft_packed", "tiny", "full", str(tmp_path), torch.get_num_threads(), 2)
+    with pytest.raises(SystemExit):
+        ours.offline(case, Gate(io.StringIO("stop\n"), replies))
+    tokens = [sum(row) for row in json.loads(replies.getvalue())["rows"]]
+    assert 16 * 192 - 160 < sum(tokens) <= 16 * 192  # an example has at most 64 + 96
+    assert len(tokens) > 16
 
 
 @pytest.mark.slow
