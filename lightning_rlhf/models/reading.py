@@ -15,6 +15,10 @@ from torch import Tensor
 
 from lightning_rlhf.functional.logprobs import response_inputs
 
+MULTIPLE = 32
+"""A long line is filled up to a multiple of so many tokens by some that nobody looks at: kernels are made for shapes, and
+kept, so that a length of its own for every pass would cost time and memory."""
+
 
 class Responses(Protocol):
     """Prompts, padded left, and what was written after them, padded right."""
@@ -89,6 +93,8 @@ def unpadded(batch: Responses, trunk: Tensor | None, shares: bool) -> Reading:
     prompt, response = batch.prompt_mask & is_first[:, None], batch.response_mask
     joined = torch.cat([prompt, response[:, 1:]], dim=1)  # token t of a response is read in order to predict t + 1
     source = joined.flatten().nonzero().squeeze(1)
+    filler = -len(source) % MULTIPLE if len(source) >= 8 * MULTIPLE else 0
+    source = torch.cat([source, source[:filler]])
     tokens = response_inputs(batch.prompt_tokens, batch.response_tokens).flatten()[source][None]
     positions = positions_of(response_inputs(batch.prompt_mask, response)).flatten()[source][None]
 
@@ -96,7 +102,8 @@ def unpadded(batch: Responses, trunk: Tensor | None, shares: bool) -> Reading:
     width = prompt.shape[1]
     place[:, width - 1] = place[:, width - 1][first]  # a prompt's last token predicts the response's first
     chosen = place[:, width - 1 :][response]
-    mask = torch.tensor(_segments(batch, first), device=tokens.device)[None, None]
+    segments = _segments(batch, first) + ([[filler, -1]] if filler else [])
+    mask = torch.tensor(segments, device=tokens.device)[None, None]
     kept = None if trunk is None else trunk.flatten(0, 1)[source][None]
     return Reading(tokens, positions, mask, tokens.shape[1], batch.response_tokens[response][None], chosen, kept)
 

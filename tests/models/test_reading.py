@@ -130,6 +130,20 @@ def test_gradients_that_are_recomputed_are_the_same() -> None:
         assert_close(found[key], value, **CLOSE)
 
 
+@pytest.mark.invariant(1, 8)
+def test_a_long_line_is_filled_up_and_nothing_changes() -> None:
+    policy = policy_of(tiny_gpt2()).double()
+    prompts, responses = random_rows([20] * 12, seed=6), random_rows([9, 11, 7] * 4, seed=7)
+    batch = written(prompts, responses)
+    line = unpadded(batch, None, shares=False)
+    real = sum(len(row) for row in prompts) + sum(len(row) - 1 for row in responses)
+    assert real % 32 != 0
+    assert line.tokens.shape[1] == int(line.mask[..., 0].sum()) == real + 32 - real % 32
+    found = gradients(policy, batch)
+    for key, value in gradients(policy, batch, unpads=False).items():
+        assert_close(found[key], value, **CLOSE, msg=lambda text, key=key: f"{key}: {text}")
+
+
 @pytest.mark.invariant(5)
 def test_a_line_of_two_rows_by_hand() -> None:
     batch = written([[4, 5], [4, 5]], [[6, 7], [8, 9, 10]])
