@@ -16,8 +16,8 @@ from torch import Tensor
 from lightning_rlhf.functional.logprobs import response_inputs
 
 MULTIPLE = 32
-"""A long line is filled up to a multiple of so many tokens by some that nobody looks at: kernels are made for every shape
-and kept, and a length of its own for every pass would cost time and memory."""
+"""A long line is filled up to a multiple of so many tokens by some that nobody looks at: kernels are made for every
+shape and kept, and a length of its own for every pass would cost time and memory."""
 
 
 class Responses(Protocol):
