@@ -138,7 +138,7 @@ def test_it_goes_on_from_a_saved_state(scaling):
 def test_a_state_holds_plain_numbers():
     scaler = ScoreScaler(scaling="running")
     scaled(scaler, [1.0, 2.0, 3.0])
-    assert scaler.state_dict() == {"moments": [3.0, 6.0, 14.0]}
+    assert scaler.state_dict() == {"moments": [3.0, 6.0, 14.0], "by_name": {}}
 
 
 @pytest.mark.parametrize(
