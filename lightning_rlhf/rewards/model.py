@@ -76,7 +76,8 @@ class RewardModel:
         self.spec = ModelSpec.of(model)
         if not self.spec.is_named and (isinstance(model, ModelSpec) or not is_classifier_object(model)):
             raise TypeError(
-                f"`model={self.spec.model!r}` must be a trained classifier: a hub name, a folder, or the object itself."
+                f"`model={type(self.spec.model).__name__}` must be a trained classifier: a hub name, a folder, or the "
+                "object itself."
             )
         for argument, value, known in (
             ("output", output, ("logit", "probability")),
@@ -122,7 +123,7 @@ class RewardModel:
         if self.reads == "both" and response_tokens is not None and tokenizer is not None:
             responses = continuations(prompts, responses, response_tokens, tokenizer)
         rows = self._cut(self._reader.rows(prompts, responses))
-        scores = torch.empty(len(rows))
+        scores = torch.empty(len(rows), dtype=torch.float32)
         for batch in self._batches([len(row["input_ids"]) for row in rows]):
             scores[batch] = self._scores(classifier.logits([rows[i] for i in batch]))
         return scores.tolist()
