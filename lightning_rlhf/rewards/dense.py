@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from lightning_rlhf.rewards.functions import Reward, own_name, parameters_of, pl
 
 Span = tuple[int, int]
 """Where a part of a text begins and ends, in characters, the end not included."""
+
+Split = Literal["sentences", "lines"] | Callable[[str], Sequence[Span]] | str
+"""How a text is taken apart: by name, or by a function to spans, or its dotted name."""
 
 _LINE = re.compile(r"\S(?:.*\S)?")
 _SENTENCE = re.compile(r"\S.*?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+|(?=\s*$))", flags=re.MULTILINE)  # noqa: RUF001
@@ -119,7 +122,7 @@ class DenseReward:
         'short'
     """
 
-    def __init__(self, score: Reward | str, split: Callable[[str], Sequence[Span]] | str = "sentences") -> None:
+    def __init__(self, score: Reward | str, split: Split = "sentences") -> None:
         if isinstance(split, str) and "." not in split and split not in SPLITS:
             raise ValueError(
                 f"`split={split!r}` must be 'sentences', 'lines', or a function from a text to (begin, end) pairs."

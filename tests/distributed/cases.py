@@ -62,7 +62,9 @@ def online(cls: type, policy: Any = None, **arguments: Any) -> Any:
 ALGORITHMS: dict[str, Any] = {
     "ppo": functools.partial(online, PPOModule, reward_scaling="running", micro_batch_size=1),
     "ppo_hydra": lambda **more: online(PPOModule, policy_of(2, layers=6), reward_scaling="running", **more),
-    "ppo_loss": functools.partial(online, PPOModule, kl_in="loss", kl_estimator="k2", averaging="responses"),
+    "ppo_loss": functools.partial(
+        online, PPOModule, kl_in="loss", kl_estimator="k2", averaging="responses", normalize_rewards=True
+    ),
     "grpo": functools.partial(online, GRPOModule, group_size=3, micro_batch_size=2),
     "grpo_hydra": lambda **more: online(GRPOModule, policy_of(2, layers=6), group_size=4, divide_by_std=False, **more),
     # Scores of two or three values: in many groups all are equal, and nothing else has a gradient.
@@ -264,7 +266,7 @@ def resumed_by(build: Any, strategy: str, folder: Path) -> dict[str, Any]:
         callbacks = [keep] if place is None else []
         both.append(
             fit(
-                build(reward_scaling="running", lr_scheduler="linear"),
+                build(reward_scaling="running", normalize_rewards=True, lr_scheduler="linear"),
                 PromptDataModule(PROMPTS, batch_size=2, seed=3),
                 strategy,
                 ckpt_path=place and folder / place,
