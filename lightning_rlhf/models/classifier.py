@@ -142,7 +142,8 @@ class Classifier:
             if name == "input_ids" or self.reads_types
         }
         mask = (torch.arange(width) < lengths[:, None]).long().to(self.device)
-        with _as_it_is(self.device), _padding(self.config, pad):
+        # The precision of what trains does not reach into a frozen model of its own type.
+        with torch.autocast(self.device.type, enabled=False), _padding(self.config, pad):
             return self.model(**tokens, attention_mask=mask, **self._more).logits.float().cpu()
 
     def _probe(self) -> tuple[int, bool, bool]:
@@ -167,18 +168,6 @@ class Classifier:
                 f"{type(self.model).__name__} cannot be padded on the right: it scores texts of one length at a time."
             )
         return alone.shape[1], pools_by_pad, pads
-
-
-@contextmanager
-def _as_it_is(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor the default type of the policy's precision reaches into a frozen model of its own type."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_default_dtype(default)
 
 
 @contextmanager

@@ -46,8 +46,7 @@ class OnlineModule(PromptEvaluation, ManualModule):
         responses_per_prompt: Responses that every prompt gets.
         kl_coef: Weight of the divergence from the reference, per nat; at 0 there is no reference.
         kl_in: Whether the divergence is charged to the ``"reward"`` or added to the ``"loss"``.
-        normalize_rewards: Which rewards are brought to mean 0 and deviation 1 over all that each gave so far, before
-            they are weighed: True for all, or their names.
+        normalize_rewards: True, or names: rewards brought to mean 0 and deviation 1 so far, before they are weighed.
         reward_clip: Scores are clipped to this far from 0; None does not clip.
         reward_scaling: After clipping, divides scores by the standard deviation of all scores so far (``"running"``)
             or of the first iteration (``"first"``); the mean is never taken off.

@@ -486,10 +486,11 @@ def test_a_checkpoint_knows_its_reward_model(tmp_path, folder):
     assert model(["a "], ["b"]) == run.reward.models[0](["a "], ["b"])
 
 
+@pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
-def test_the_trainers_precision_does_not_reach_it(folder, precision):
+def test_the_trainers_precision_does_not_reach_it(folder, precision, in_background):
     reward = RewardModel(folder, label="good")
-    seen = fit(module(reward=reward, kl_coef=0.0), iterations=1, precision=precision)
+    seen = fit(module(reward=reward, reward_in_background=in_background), iterations=1, precision=precision)
     (experience,) = seen.experiences
     prompts = [f"{prompt} " for prompt in experience.prompts]
     assert {parameter.dtype for parameter in reward.classifier.model.parameters()} == {torch.float32}
