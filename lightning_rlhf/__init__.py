@@ -13,25 +13,31 @@ if TYPE_CHECKING:
     from lightning_rlhf.modules.grpo import GRPOModule
     from lightning_rlhf.modules.ppo import PPOModule
     from lightning_rlhf.modules.sft import SFTModule
+    from lightning_rlhf.rewards.dense import DenseReward
+    from lightning_rlhf.rewards.model import RewardModel
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ConversationDataModule": "lightning_rlhf.data.conversations",
+    "DenseReward": "lightning_rlhf.rewards.dense",
     "GRPOModule": "lightning_rlhf.modules.grpo",
     "ModelSpec": "lightning_rlhf.models.loading",
     "PPOModule": "lightning_rlhf.modules.ppo",
     "PromptDataModule": "lightning_rlhf.data.prompts",
+    "RewardModel": "lightning_rlhf.rewards.model",
     "SFTModule": "lightning_rlhf.modules.sft",
     "Sampling": "lightning_rlhf.generation.sampling",
 }
 
 __all__ = [
     "ConversationDataModule",
+    "DenseReward",
     "GRPOModule",
     "ModelSpec",
     "PPOModule",
     "PromptDataModule",
+    "RewardModel",
     "SFTModule",
     "Sampling",
 ]

@@ -98,7 +98,8 @@ class Rollouts(PromptBatch):
             if isinstance(value, Scores):
                 tokens = value.token_scores
                 tokens = None if tokens is None else tokens[:, :response]
-                return Scores(total=value.total, by_name=value.by_name, token_scores=tokens)
+                by_token = {key: scores[:, :response] for key, scores in value.tokens_by_name.items()}
+                return Scores(total=value.total, by_name=value.by_name, token_scores=tokens, tokens_by_name=by_token)
             if not isinstance(value, Tensor) or value.dim() < 2:
                 return value
             if name == "trunk":
@@ -116,11 +117,13 @@ class Scores(Batch):
         total: The weighted sum of all rewards, over the tokens too where one is dense.
         by_name: Each reward's own score, unweighted; NaN where it did not apply.
         token_scores: Where a reward is dense, the weighted sum per token; scores of whole responses lie on the last.
+        tokens_by_name: Each dense reward's own scores per token, unweighted; NaN where it did not apply.
     """
 
     total: Float[Tensor, " batch"]
     by_name: dict[str, Float[Tensor, " batch"]] = field(default_factory=dict)
     token_scores: Float[Tensor, "batch response"] | None = None
+    tokens_by_name: dict[str, Float[Tensor, "batch response"]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

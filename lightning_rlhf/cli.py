@@ -140,6 +140,9 @@ def explained(message: str, keys: Sequence[str]) -> str:
         known = known_arguments(_imported(path))
         meant = _meant(option.removeprefix("init_args."), known) or f": it takes {', '.join(known)}."
         return f"`{option}` is no argument of {path.rpartition('.')[2]}{meant}"
+    several = re.search(r"Multiple subclasses with name (\w+)\. .*?ambiguity: ([^\n]*?)\.?(?:\n|$)", message)
+    if several:
+        return f"`{several[1]}` is the name of several classes: write the one that is meant, of {several[2]}."
     missing = re.search(r"given class_path '([^']+)':\s+the following arguments are required: (.*)", message)
     if missing:
         return f"`{missing[2]}` is missing: {missing[1].rpartition('.')[2]} cannot do without."

@@ -35,7 +35,13 @@ from lightning_rlhf.models.weights import whole_state
 from lightning_rlhf.modules.arguments import plain_arguments, reject_unknown
 from lightning_rlhf.modules.evaluation import EvaluatedModule, expect
 from lightning_rlhf.modules.imports import check_datamodule, warn_of_the_other
-from lightning_rlhf.modules.optimization import OptimizerLike, SchedulerLike, make_optimizer, make_scheduler
+from lightning_rlhf.modules.optimization import (
+    OptimizerLike,
+    SchedulerLike,
+    make_optimizer,
+    make_scheduler,
+    parameter_groups,
+)
 from lightning_rlhf.modules.ranks import take_over
 from lightning_rlhf.modules.resuming import STATE, algorithm_of, check_resumable
 from lightning_rlhf.modules.signals import EndTogether
@@ -60,6 +66,9 @@ class RLHFModule(EvaluatedModule):
         seed: Of everything random; what ``seed_everything`` set, else 0, by default.
         optimizer: Makes one optimizer of parameter groups; AdamW with trlX's settings (learning rate 3e-5, betas 0.9
             and 0.95, weight decay 1e-6) by default.
+        learning_rates: Of ``"policy"`` or ``"value"`` (the value head), where it is not the optimizer's own; a schedule
+            multiplies each.
+        decay_norms_and_biases: Whether the optimizer's weight decay is for norms and biases too, as in trlX.
         lr_scheduler: ``"constant"``, ``"linear"`` or ``"cosine"`` over the run's progress, or a factory that is
             stepped after every update.
         warmup_updates: Updates over which a named schedule rises from 0.
@@ -80,6 +89,8 @@ class RLHFModule(EvaluatedModule):
         disable_dropout: bool = True,
         seed: int | None = None,
         optimizer: OptimizerLike = None,
+        learning_rates: dict[str, float] | None = None,
+        decay_norms_and_biases: bool = True,
         lr_scheduler: SchedulerLike = "constant",
         warmup_updates: int = 0,
         compile: bool | dict[str, Any] = False,  # noqa: A002
@@ -93,6 +104,8 @@ class RLHFModule(EvaluatedModule):
         self.seed = run_seed(seed)
         self.disable_dropout = disable_dropout
         self.optimizer = optimizer
+        self.learning_rates = learning_rates
+        self.decay_norms_and_biases = decay_norms_and_biases
         self.lr_scheduler = lr_scheduler
         self.warmup_updates = warmup_updates
         self.compile_options = compile
@@ -209,21 +222,23 @@ class RLHFModule(EvaluatedModule):
         """Begins an epoch, of a resumed run too."""
         go_on_with_a_new_epoch(self.trainer)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimizer, with a group of parameters for the model and one for the value head."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What trains, as the optimizer gets it: of the model, and of the value head."""
         parts: dict[str, nn.Module] = {"policy": self.policy.decoder}
         if self.policy.value_head is not None:
             parts["value"] = self.policy.value_head
-        groups = [
-            {"params": [p for p in part.parameters() if p.requires_grad], "name": name} for name, part in parts.items()
-        ]
-        groups = [group for group in groups if group["params"]]
+        return parameter_groups(parts, self.learning_rates, self.decay_norms_and_biases)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimizer over all groups, and its schedule."""
+        groups = self.parameter_groups()
         if not groups:
             raise ValueError(
                 f"`num_layers_unfrozen={self.spec.num_layers_unfrozen}` leaves {type(self).__name__} nothing to train: "
                 "unfreeze a block."
             )
-        optimizer = make_optimizer(self.optimizer, groups)
+        embeddings = [p for module in self.modules() if isinstance(module, nn.Embedding) for p in module.parameters()]
+        optimizer = make_optimizer(self.optimizer, groups, embeddings)
         scheduler = make_scheduler(self.lr_scheduler, optimizer, self.warmup_updates, self.progress)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -195,6 +196,13 @@ class PromptEvaluation(EvaluatedModule):
     reward: CombinedReward
     metric_fn: MetricFunction | None
     iteration: int
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
+        module = super()._apply(fn, recurse)
+        reward = self.__dict__.get("reward")
+        for model in () if reward is None else reward.models:  # it keeps its type, but goes where the policy goes
+            model.to(self.device)
+        return module
 
     def evaluate(self, batch: PromptBatch, numbers: list[int], counts: Tensor, loader: int, report: Report) -> None:
         """Writes, scores and measures. If a reward or metric fails anywhere, all processes stop."""

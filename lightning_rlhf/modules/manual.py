@@ -22,6 +22,7 @@ from lightning_rlhf.models.loading import ModelLike
 from lightning_rlhf.models.weights import whole
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.minibatches import Minibatch, MinibatchPlan
+from lightning_rlhf.modules.optimization import UNDECAYED
 from lightning_rlhf.modules.ranks import rank, sum_over_ranks
 from lightning_rlhf.modules.report import Report
 from lightning_rlhf.modules.trainer_checks import check_callbacks, check_flags, warn_of_missed_checkpoints
@@ -167,6 +168,9 @@ class ManualModule(RLHFModule):
         for name, parts in losses.items():
             self.report.add(name, torch.stack(parts).sum())
         self.report.add("optim/lr", torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64))
+        for group in optimizer.param_groups if self.learning_rates else ():
+            if not group["name"].endswith(UNDECAYED):
+                self.report.add(f"optim/lr/{group['name']}", torch.tensor(group["lr"], dtype=torch.float64))
         optimizer.step()
         self._updates_done += 1
         scheduler: Any = self.lr_schedulers()

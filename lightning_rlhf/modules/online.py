@@ -26,7 +26,7 @@ from lightning_rlhf.modules.ranks import most_over_ranks, rank, sum_over_ranks, 
 from lightning_rlhf.modules.resuming import STATE
 from lightning_rlhf.modules.sampler import SamplerCorrection
 from lightning_rlhf.modules.scaling import RewardScaling, ScoreScaler
-from lightning_rlhf.modules.scoring import scored
+from lightning_rlhf.modules.scoring import load_models, scored
 from lightning_rlhf.rewards.combine import CombinedReward, RewardLike
 from lightning_rlhf.rewards.metrics import MetricFunction, MetricLike
 
@@ -38,13 +38,15 @@ class OnlineModule(PromptEvaluation, ManualModule):
 
     Args:
         policy: The network to train: a name, folder, object, config or :class:`ModelSpec`.
-        reward: A callable on prompts and responses, its dotted name, or a list of these, each alone or with a weight.
+        reward: A callable on prompts and responses, its dotted name, a classifier's folder, hub name or object (or a
+            :class:`RewardModel`), or a list of these, each alone or with a weight.
         reference: What the policy must not stray from: by default the policy as it was at the start; or a name,
             folder, object, config or :class:`ModelSpec`.
         sampling: A :class:`Sampling`, or a dict of its fields.
         responses_per_prompt: Responses that every prompt gets.
         kl_coef: Weight of the divergence from the reference, per nat; at 0 there is no reference.
         kl_in: Whether the divergence is charged to the ``"reward"`` or added to the ``"loss"``.
+        normalize_rewards: True, or names: rewards brought to mean 0 and deviation 1 so far, before they are weighed.
         reward_clip: Scores are clipped to this far from 0; None does not clip.
         reward_scaling: After clipping, divides scores by the standard deviation of all scores so far (``"running"``)
             or of the first iteration (``"first"``); the mean is never taken off.
@@ -73,6 +75,7 @@ class OnlineModule(PromptEvaluation, ManualModule):
         responses_per_prompt: int = 1,
         kl_coef: float = 0.001,
         kl_in: Literal["reward", "loss"] = "reward",
+        normalize_rewards: bool | list[str] = False,
         reward_clip: float | None = 10.0,
         reward_scaling: RewardScaling | None = None,
         missing_eos_penalty: float | None = None,
@@ -109,7 +112,8 @@ class OnlineModule(PromptEvaluation, ManualModule):
         self.responses_per_prompt = responses_per_prompt
         self.kl_coef = kl_coef
         self.kl_in = kl_in
-        self.scaled = ScoreScaler(reward_clip, reward_scaling, missing_eos_penalty)
+        weights = self.reward.weight_by_name
+        self.scaled = ScoreScaler(reward_clip, reward_scaling, missing_eos_penalty, weights, normalize_rewards)
         if not trunk_gib >= 0:
             raise ValueError(f"`trunk_gib={trunk_gib}` must not be negative; 0 keeps nothing.")
         self.trunk_gib = trunk_gib
@@ -255,6 +259,7 @@ class OnlineModule(PromptEvaluation, ManualModule):
     def build(self) -> None:
         """Makes the policy and, if one will be read, the reference."""
         super().build()
+        load_models(self.reward, self._trainer)
         if self.kl_coef == 0:
             return
         if self.reference_spec is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -31,17 +33,86 @@ def default_optimizer(parameters: Any) -> Optimizer:
     return torch.optim.AdamW(parameters, lr=3e-5, betas=(0.9, 0.95), weight_decay=1e-6, fused=True)
 
 
-def make_optimizer(optimizer: OptimizerLike, groups: list[dict[str, Any]]) -> Optimizer:
+UNDECAYED = "_undecayed"
+"""What the name of a group without weight decay ends with."""
+
+
+def parameter_groups(
+    parts: Mapping[str, nn.Module], learning_rates: Mapping[str, float] | None, decay_norms_and_biases: bool
+) -> list[dict[str, Any]]:
+    """What trains, in groups: one for each part, or two, the second of which does not decay.
+
+    Args:
+        parts: Modules by name; what two of them share is the first one's.
+        learning_rates: By name of a part, where it is not the optimizer's.
+        decay_norms_and_biases: Whether weight decay is for all weights, or for matrices and embeddings alone.
+
+    Returns:
+        Groups that hold something, each with its name.
+
+    Raises:
+        ValueError: If a rate is for no part that trains, or is negative.
+    """
+    seen: set[int] = set()
+    groups: list[dict[str, Any]] = []
+    for part, module in parts.items():
+        own = [p for p in module.parameters() if p.requires_grad and id(p) not in seen]
+        seen |= {id(p) for p in own}
+        rate = {"lr": float(learning_rates[part])} if learning_rates and part in learning_rates else {}
+        # Norms and biases are what has one dimension.
+        decayed = [p for p in own if decay_norms_and_biases or p.dim() > 1]
+        undecayed = [p for p in own if not decay_norms_and_biases and p.dim() <= 1]
+        groups += [{"params": decayed, "name": part, **rate}] if decayed else []
+        groups += [{"params": undecayed, "name": part + UNDECAYED, "weight_decay": 0.0, **rate}] if undecayed else []
+    trained = [part for part in parts if any(group["name"] in (part, part + UNDECAYED) for group in groups)]
+    for part, value in (learning_rates or {}).items():
+        if part not in trained:
+            raise ValueError(
+                f"`learning_rates` names {part!r}, which is no part that trains: {', '.join(map(repr, trained))}."
+            )
+        if not value >= 0:
+            raise ValueError(f"`learning_rates={{{part!r}: {value}}}` must not be negative.")
+    return groups
+
+
+def make_optimizer(
+    optimizer: OptimizerLike, groups: list[dict[str, Any]], embeddings: Iterable[nn.Parameter] = ()
+) -> Optimizer:
     """Builds an optimizer over parameter groups.
 
     Args:
         optimizer: A factory, or its plain form.
         groups: Parameters, with a name each.
+        embeddings: Whose state an 8-bit optimizer keeps in 32 bits.
 
     Returns:
         The optimizer.
+
+    Raises:
+        ValueError: If it is one of bitsandbytes', and weights are sharded.
     """
-    return _factory(default_optimizer if optimizer is None else optimizer, "optimizer")(groups)
+    made = _factory(default_optimizer if optimizer is None else optimizer, "optimizer")(groups)
+    if any(cls.__module__.startswith("bitsandbytes.") for cls in type(made).__mro__):
+        if any(hasattr(parameter, "full_tensor") for group in groups for parameter in group["params"]):
+            raise ValueError(
+                f"`optimizer={type(made).__name__}` of bitsandbytes cannot update sharded weights: use "
+                "`torch.optim.AdamW`, whose state is sharded too, or `Trainer(strategy='ddp')`."
+            )
+        _keep_in_32_bits(made, embeddings)
+    return made
+
+
+def _keep_in_32_bits(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """As bitsandbytes advises for embeddings, whose gradients differ most between rows.
+
+    Its manager of such exceptions is one for the whole process and knows parameters by their ``id``, which others get
+    once these are gone: this optimizer has its own.
+    """
+    manager = copy.copy(optimizer.mng)
+    manager.pid2config = dict(manager.pid2config)
+    for parameter in parameters:
+        manager.pid2config[id(parameter)] = {"optim_bits": 32, **manager.pid2config.get(id(parameter), {})}
+    optimizer.mng = manager
 
 
 def make_scheduler(

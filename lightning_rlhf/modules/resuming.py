@@ -8,6 +8,8 @@ from typing import Any
 
 import lightning as L
 
+from lightning_rlhf.modules.optimization import UNDECAYED
+
 STATE = "lightning_rlhf"
 """The key under which checkpoints hold what is neither weight nor optimizer."""
 
@@ -50,7 +52,7 @@ def check_resumable(module: L.LightningModule, checkpoint: Mapping[str, Any]) ->
         )
 
 
-def _difference(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> str:
+def _difference(module: Any, checkpoint: Mapping[str, Any]) -> str:
     """The first way in which a module's parameters differ from those in a checkpoint, in words."""
     saved = checkpoint.get("state_dict")
     if not saved:  # written in pieces, one a process
@@ -66,7 +68,11 @@ def _difference(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> str
         return f"the checkpoint has `{more[0]}`, and it does not"
     trained = sum(parameter.requires_grad for parameter in module.parameters())
     for optimizer in checkpoint.get("optimizer_states", []):
-        in_groups = sum(len(group["params"]) for group in optimizer.get("param_groups", []))
+        groups = {group.get("name"): len(group["params"]) for group in optimizer.get("param_groups", [])}
+        in_groups = sum(groups.values())
         if in_groups != trained:
             return f"{trained} of its parameters train, and {in_groups} did before"
+        splits = any(str(name).endswith(UNDECAYED) for name in groups)
+        if splits == module.decay_norms_and_biases and groups.keys() & {"policy", "policy" + UNDECAYED}:
+            return f"it was trained with `decay_norms_and_biases={not splits}`"
     return ""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_rlhf.batches import Rollouts, Scores
-from lightning_rlhf.modules.ranks import agree
+from lightning_rlhf.modules.ranks import agree, take_over
 from lightning_rlhf.rewards.combine import CombinedReward
 
 
@@ -45,3 +45,16 @@ def scored(
     except Exception as failure:
         error = failure
     return scores, agree(error, f"`reward` {reward.name!r}", len(rollouts), device)
+
+
+def load_models(reward: CombinedReward, trainer: Any) -> None:
+    """Reads the rewards that are networks, so that what is wrong with one is said before anything is written.
+
+    Args:
+        reward: All rewards.
+        trainer: Whose processes are to have the same network where it is an object; None outside of one.
+    """
+    for model in reward.models:
+        network = model.load().model
+        if trainer is not None and not model.spec.is_named and not getattr(network, "is_quantized", False):
+            take_over(network, trainer.strategy.root_device)  # an object need not be the same everywhere

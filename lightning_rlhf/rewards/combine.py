@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +13,14 @@ from torch import Tensor
 from lightning_rlhf.batches import Rollouts, Scores
 from lightning_rlhf.dotted import imported
 from lightning_rlhf.functional.advantages import token_rewards
+from lightning_rlhf.models.classifier import is_classifier_object
 from lightning_rlhf.rewards.functions import Reward, RewardFunction, as_tensor
+from lightning_rlhf.rewards.model import RewardModel
 
 RewardLike = Sequence[tuple[Reward | str, float] | Reward | str] | Reward | str
-"""A callable, its dotted name, or a list of these, each alone or as a pair with its weight. The command line writes a
-value as the first of these that takes it, and a callable takes everything."""
+"""A callable, its dotted name, a reward model (a folder, hub name or object), or a list of these, each alone or as a
+pair with its weight. The command line writes a value as the first of these that takes it, and a callable takes
+everything."""
 
 RESERVED_NAMES = ("mean", "std", "total")
 """What is logged under these names is the sum of all rewards."""
@@ -36,7 +41,7 @@ class CombinedReward:
         self.weights = [float(weight) for _, weight in pairs]
         self.rewards: list[RewardFunction] = []
         for reward, _ in pairs:
-            function = RewardFunction(imported(reward, "reward") if isinstance(reward, str) else reward)
+            function = RewardFunction(as_callable(reward))
             taken = {*RESERVED_NAMES, *(other.name for other in self.rewards)}
             number = 2
             name = function.name
@@ -59,17 +64,21 @@ class CombinedReward:
             ValueError: If a reward returned what does not fit, or no reward applies to a response.
             RuntimeError: If a reward raised.
         """
-        results = {reward.name: reward(rollouts, tokenizer) for reward in self.rewards}
         device, shape = rollouts.response_mask.device, rollouts.response_mask.shape
+        for model in self.models:
+            model.to(device)
+        results = {reward.name: reward(rollouts, tokenizer) for reward in self.rewards}
         dense = {name for name, scores in results.items() if isinstance(scores[0], list)}
         by_name: dict[str, Tensor] = {}
+        tokens_by_name: dict[str, Tensor] = {}
         total = torch.zeros(len(rollouts), dtype=torch.float32, device=device)
         per_token = torch.zeros(shape, dtype=torch.float32, device=device)
         applies = torch.zeros(len(rollouts), dtype=torch.bool, device=device)
         for (name, scores), weight in zip(results.items(), self.weights, strict=True):
             if name in dense:
-                tokens = torch.stack([_padded(row, shape[1], device) for row in scores])
-                by_name[name] = tokens.sum(1)
+                tokens_by_name[name] = torch.stack([_padded(row, shape[1], device) for row in scores])
+                by_name[name] = tokens_by_name[name].sum(1)
+                tokens = tokens_by_name[name].nan_to_num(0.0)
             else:
                 by_name[name] = as_tensor(scores, device)
                 tokens = token_rewards(by_name[name].nan_to_num(0.0), None, rollouts.sampled_mask)
@@ -82,12 +91,52 @@ class CombinedReward:
                 f"`reward` {self.name!r} gave None for response {i} ({rollouts.responses[i]!r}), and no other reward "
                 "applies to it: one must."
             )
-        return Scores(total=total, by_name=by_name, token_scores=per_token if dense else None)
+        token_scores = per_token if dense else None
+        return Scores(total=total, by_name=by_name, token_scores=token_scores, tokens_by_name=tokens_by_name)
+
+    @property
+    def weight_by_name(self) -> dict[str, float]:
+        """The weight of every reward."""
+        return {reward.name: weight for reward, weight in zip(self.rewards, self.weights, strict=True)}
+
+    @property
+    def models(self) -> list[RewardModel]:
+        """Those of the rewards that are networks."""
+        return [reward.function for reward in self.rewards if isinstance(reward.function, RewardModel)]
 
     @property
     def name(self) -> str:
         """The names of all rewards."""
         return ", ".join(reward.name for reward in self.rewards)
+
+
+def as_callable(reward: Any) -> Any:
+    """A reward in the form in which it is called.
+
+    Args:
+        reward: A callable; its dotted name; ``{"class_path": ..., "init_args": ...}`` of one, as checkpoints keep it;
+            or a reward model's folder, hub name or object.
+
+    Returns:
+        A callable, or what is none as it is.
+
+    Raises:
+        ValueError: If a name names neither.
+    """
+    if isinstance(reward, Mapping) and "class_path" in reward:
+        return imported(reward["class_path"], "reward")(**reward.get("init_args", {}))
+    if isinstance(reward, os.PathLike) or is_classifier_object(reward):
+        return RewardModel(reward)
+    if not isinstance(reward, str):
+        return reward
+    if "/" in reward or os.sep in reward or "." not in reward:
+        return RewardModel(reward)
+    try:
+        return imported(reward, "reward")
+    except ValueError:
+        if Path(reward).is_dir():
+            return RewardModel(reward)
+        raise
 
 
 def _padded(scores: Any, length: int, device: torch.device) -> Tensor:

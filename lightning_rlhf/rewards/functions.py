@@ -36,8 +36,8 @@ class UserFunction:
                 f"{self.returns}."
             )
         self.function = function
-        self.name = name or _own_name(function)
-        self.named, self.takes_all = _parameters(function)
+        self.name = name or own_name(function)
+        self.named, self.takes_all = parameters_of(function)
 
     def result(self, rollouts: Rollouts, tokenizer: Any) -> Any:
         """What the function returns, tensors and arrays as lists and generators run out.
@@ -110,7 +110,7 @@ class RewardFunction(UserFunction):
             tokenizer: Passed on if the function wants it.
 
         Returns:
-            A number per response, NaN where the reward does not apply; or a list per response, one number a token.
+            A number per response, or a list per response, one number a token; NaN where the reward does not apply.
 
         Raises:
             ValueError: If the result does not fit the responses; the sample is named.
@@ -139,7 +139,14 @@ class RewardFunction(UserFunction):
         ]
 
     def _dense(self, scores: Any, length: int, sample: str) -> list[float]:
-        if not isinstance(scores, list | tuple) or len(scores) != length:
+        if scores is None:
+            return [math.nan] * length
+        if not isinstance(scores, list | tuple):
+            raise ValueError(
+                f"`reward` {self.name!r} gave {scores!r} for {sample}, and a list for another response: scores are one "
+                "number per token of every response (None where it does not apply), or one number per response."
+            )
+        if len(scores) != length:
             raise ValueError(
                 f"`reward` {self.name!r} gave {scores!r} for {sample}, which has {length} tokens, the ending EOS "
                 "included: dense scores are one number per token."
@@ -152,13 +159,15 @@ def plain(scores: Any) -> Any:
     return scores.tolist() if hasattr(scores, "tolist") else scores
 
 
-def _own_name(function: Reward) -> str:
+def own_name(function: Reward) -> str:
+    """The name that its author gave a callable, an object's ``name`` included; else that of its class."""
     while isinstance(function, functools.partial):
         function = function.func
-    return getattr(function, "__name__", None) or type(function).__name__
+    own = getattr(function, "__name__", None) or getattr(function, "name", None)
+    return own if isinstance(own, str) else type(function).__name__
 
 
-def _parameters(function: Reward) -> tuple[frozenset[str], bool]:
+def parameters_of(function: Reward) -> tuple[frozenset[str], bool]:
     """Names that a function can be passed by, and whether it takes any."""
     try:
         parameters = inspect.signature(function).parameters.values()

@@ -24,6 +24,9 @@ def score(prompts, responses):
 def polite(prompts, responses, tone=None):
     return [float("a" in response) for response in responses]
 
+def steps(prompts, segments):
+    return [[float(len(segment)) for segment in row] for row in segments]
+
 def count(prompts, responses):
     return {"words": [len(response.split()) for response in responses]}
 """
@@ -45,7 +48,7 @@ RUN = {
             "metric_fn": "my_reward.count",
             "sampling": {"max_new_tokens": 4},
             "evaluation_sampling": {"temperature": 0},
-            "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.001}},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}},
             "lr_scheduler": "linear",
             "minibatch_size": 3,
             "clip_range": 0.3,
@@ -315,3 +318,47 @@ def test_a_checkpoint_of_another_module_says_so_itself(trained, monkeypatch, cap
     monkeypatch.setattr("lightning_rlhf.cli.RLHFCLI._run_subcommand", lambda cli, name: modules.append(cli.model))
     main(["fit", "--config", "run.yaml", "--ckpt_path", "other.ckpt"])
     assert modules[0].gamma == 1.0
+
+
+def test_reward_models_dense_rewards_and_optimizers_of_bitsandbytes_are_written_in_yaml(project, tmp_path):
+    from tests.rewards.test_model import gpt2
+
+    gpt2(3).save_pretrained(project / "judge")
+    word_tokenizer().save_pretrained(project / "judge")
+    judge = {"model": {"model": "judge", "dtype": "float64"}, "label": "good", "output": "probability"}
+    dense = {"score": "my_reward.steps", "split": "lines"}
+    rewards = [
+        [{"class_path": "lightning_rlhf.RewardModel", "init_args": judge}, 0.5],
+        {"class_path": "lightning_rlhf.DenseReward", "init_args": dense},
+        "my_reward.score",
+    ]
+    eight_bit = {"class_path": "bitsandbytes.optim.AdamW8bit", "init_args": {"lr": 0.001}}
+    changes = {
+        "model.init_args.reward": rewards,
+        "model.init_args.normalize_rewards": ["judge"],
+        "model.init_args.optimizer": eight_bit,
+        "model.init_args.learning_rates": {"value": 0.01},
+        "data.init_args.prompts": ["a ", "b c ", "d "],
+        "trainer.logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path)}},
+        "trainer.callbacks": [],
+    }
+    main(without(changes))
+    (path,) = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    logged = next(row for row in rows if row["reward/judge"])
+    assert 0.0 < float(logged["reward/judge"]) < 1.0
+    assert float(logged["reward/steps"]) > 0.0
+    assert float(logged["optim/lr/value"]) == pytest.approx(10 * float(logged["optim/lr/policy"]), rel=1e-6)
+    (kept,) = tmp_path.rglob("*.ckpt")
+    stored = torch.load(kept, weights_only=True)["hyper_parameters"]
+    assert stored["reward"][0][0]["init_args"]["model"]["dtype"] == "float64"
+    assert stored["reward"][1]["init_args"] == dense
+    assert (stored["normalize_rewards"], stored["learning_rates"]) == (["judge"], {"value": 0.01})
+
+
+def test_a_bare_name_that_two_packages_have_is_refused_with_both(capsys):
+    import bitsandbytes  # noqa: F401, which has an AdamW too, once it is imported
+
+    assert "`AdamW` is the name of several classes: write the one that is meant, of torch.optim" in complaint(
+        capsys, *without({"model.init_args.optimizer.class_path": "AdamW"})
+    )

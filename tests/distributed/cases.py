@@ -12,16 +12,26 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lightning_rlhf import ConversationDataModule, GRPOModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
+from lightning_rlhf import (
+    ConversationDataModule,
+    GRPOModule,
+    ModelSpec,
+    PPOModule,
+    PromptDataModule,
+    RewardModel,
+    SFTModule,
+)
 from lightning_rlhf.batches import PromptBatch
 from lightning_rlhf.callbacks import ResponseWriter
 from lightning_rlhf.data.tokens import padded
+from lightning_rlhf.models.reference import fingerprint
 from lightning_rlhf.models.weights import whole, whole_state
 from lightning_rlhf.modules.ranks import rank, world_size
 from tests.networks import bigram, network, tiny_gpt2, word_tokenizer
@@ -62,7 +72,9 @@ def online(cls: type, policy: Any = None, **arguments: Any) -> Any:
 ALGORITHMS: dict[str, Any] = {
     "ppo": functools.partial(online, PPOModule, reward_scaling="running", micro_batch_size=1),
     "ppo_hydra": lambda **more: online(PPOModule, policy_of(2, layers=6), reward_scaling="running", **more),
-    "ppo_loss": functools.partial(online, PPOModule, kl_in="loss", kl_estimator="k2", averaging="responses"),
+    "ppo_loss": functools.partial(
+        online, PPOModule, kl_in="loss", kl_estimator="k2", averaging="responses", normalize_rewards=True
+    ),
     "grpo": functools.partial(online, GRPOModule, group_size=3, micro_batch_size=2),
     "grpo_hydra": lambda **more: online(GRPOModule, policy_of(2, layers=6), group_size=4, divide_by_std=False, **more),
     # Scores of two or three values: in many groups all are equal, and nothing else has a gradient.
@@ -221,6 +233,43 @@ def uneven_rows(strategy: str, folder: Path) -> dict[str, Any]:
     return fit(online(PPOModule, micro_batch_size=2), loader, strategy, max_epochs=2)
 
 
+def classifier() -> Any:
+    """A reward model of random weights, which are others on the second process."""
+    torch.manual_seed(rank())
+    config = tiny_gpt2(LETTERS, layers=2, initializer_range=0.3, num_labels=1)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def judged(strategy: str, folder: Path) -> dict[str, Any]:
+    """Two iterations on a reward model that each process asks for its own rows."""
+    model = classifier()
+    reward = RewardModel(model, tokenizer=word_tokenizer(LETTERS), append_eos=True, batch_tokens=16)
+    data = PromptDataModule(PROMPTS, batch_size=per_process(8, strategy), seed=3)
+    result = fit(online(PPOModule, reward=reward, normalize_rewards=True), data, strategy, max_epochs=2)
+    for experience in result["experiences"]:
+        texts = [f"{p} {r}".split() for p, r in zip(experience["prompts"], experience["responses"], strict=True)]
+        rows = [[ord(word) - ord("a") for word in words] + [LETTERS - 2] for words in texts]
+        with torch.no_grad():  # one by one, without padding
+            experience["expected"] = [float(model(torch.tensor([row])).logits) for row in rows]
+    return {**result, "judge": fingerprint(model)}
+
+
+def eight_bit(strategy: str, folder: Path) -> dict[str, Any]:
+    """Three iterations under 8-bit Adam."""
+    optimizer = functools.partial(bnb.optim.AdamW8bit, lr=1e-3, min_8bit_size=64)
+    data = PromptDataModule(PROMPTS, batch_size=per_process(8, strategy), seed=3)
+    return fit(online(PPOModule, optimizer=optimizer), data, strategy)
+
+
+def eight_bit_refused(strategy: str, folder: Path) -> str:
+    """What is said where 8-bit Adam meets shards."""
+    try:
+        eight_bit(strategy, folder)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def filled_up(strategy: str, folder: Path) -> dict[str, Any]:
     """Five prompts where two processes want as many each."""
     data = PromptDataModule(PROMPTS[:5], batch_size=2, shuffle=False)
@@ -264,7 +313,7 @@ def resumed_by(build: Any, strategy: str, folder: Path) -> dict[str, Any]:
         callbacks = [keep] if place is None else []
         both.append(
             fit(
-                build(reward_scaling="running", lr_scheduler="linear"),
+                build(reward_scaling="running", normalize_rewards=True, lr_scheduler="linear"),
                 PromptDataModule(PROMPTS, batch_size=2, seed=3),
                 strategy,
                 ckpt_path=place and folder / place,
@@ -414,6 +463,7 @@ SAME = [
 
 OF_TWO = [
     "evaluated",
+    "judged",
     "filled_up",
     "plain_loader",
     "resumed",
@@ -426,5 +476,5 @@ OF_TWO = [
 ]
 """Cases that only processes together have."""
 
-ONLY = {"ddp": ["added_up"], "rlhf_fsdp2": ["gathered", "exported"]}
+ONLY = {"ddp": ["added_up", "eight_bit"], "rlhf_fsdp2": ["gathered", "exported", "eight_bit_refused"]}
 """Cases that only one strategy has."""

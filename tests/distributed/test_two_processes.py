@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_rlhf.models.reference import fingerprint
 from tests.distributed import cases
 from tests.distributed.cases import OF_TWO, ONLY, PROMPTS, SAME, early_letters
 from tests.distributed.spawn import spawned
@@ -218,3 +219,32 @@ def test_two_processes_measure_and_answer_every_row_once(two, tmp_path):
     assert (first["predicted"], second["predicted"]) == ([0, 2, 4, 6], [1, 3, 5])
     assert first["written"] == alone["written"]
     assert alone["written"].count("\n") == 7
+
+
+@pytest.mark.invariant(6, 28)
+def test_each_process_asks_one_reward_model_for_its_own_rows(two):
+    first, second = both(two, "judged")
+    assert first["judge"] == second["judge"] == fingerprint(cases.classifier())  # made here as on the first process
+    assert torch.equal(first["weights"], second["weights"])
+    for result in (first, second):
+        assert len(result["experiences"]) == 2
+        for experience in result["experiences"]:
+            assert len(experience["scores"]) == 4
+            assert experience["scores"] == pytest.approx(experience["expected"], abs=2e-5)
+
+
+@pytest.mark.parametrize("strategy", ["ddp"], indirect=True)
+def test_an_8_bit_optimizer_does_the_same_on_both_processes(two, tmp_path):
+    first, second = both(two, "eight_bit")
+    alone = cases.eight_bit("auto", tmp_path)
+    assert torch.equal(first["weights"], second["weights"])
+    # Adam makes whole steps of what is rounding noise, where a gradient is 0.
+    assert float((first["weights"] - alone["weights"]).abs().median()) < 1e-5
+    assert first["norms"] == pytest.approx(alone["norms"], rel=1e-2)
+
+
+@pytest.mark.parametrize("strategy", ["rlhf_fsdp2"], indirect=True)
+def test_an_8_bit_optimizer_of_shards_is_refused(two):
+    complaint = "ValueError: `optimizer=AdamW8bit` of bitsandbytes cannot update sharded weights: use `torch.optim.Ada"
+    for said in two["eight_bit_refused"]:
+        assert said.startswith(complaint)

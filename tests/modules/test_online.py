@@ -333,3 +333,31 @@ def test_a_reward_that_fails_in_the_background_fails_with_its_own_error():
 
     with pytest.raises(RuntimeError, match="`reward` 'lost' raised KeyError: 'there is no such film'"):
         fit(ppo(reward=lost, reward_in_background=True), iterations=1)
+
+
+def late(prompts, responses):
+    """Hundreds of points, where the other reward gives a tenth."""
+    return [1000.0 + 300.0 * response.count("v") + len(response) for response in responses]
+
+
+@pytest.mark.parametrize("which", [True, ["share_of_early_letters", "late"], ["late"]])
+def test_rewards_are_normalised_by_name_and_logged_as_they_were_given(which):
+    module = ppo(reward=[share_of_early_letters, (late, 0.5)], normalize_rewards=which, reward_clip=None)
+    learnt = []
+    scale = module.scaled.__class__.__call__
+
+    class Spied(module.scaled.__class__):
+        def __call__(self, scores, rollouts):
+            learnt.append(scale(self, scores, rollouts))
+            return learnt[-1]
+
+    module.scaled.__class__ = Spied
+    seen = fit(module, iterations=1)
+    (experience,) = seen.experiences
+    given = {name: scores.double() for name, scores in experience.scores.by_name.items()}
+    expected = 0.5 * (given["late"] - given["late"].mean()) / given["late"].std()
+    first = given["share_of_early_letters"]
+    expected += first if which == ["late"] else (first - first.mean()) / first.std()
+    assert learnt[0].total.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert seen.metrics[0]["reward/late"] == pytest.approx(float(given["late"].mean()), rel=1e-6)
+    assert seen.metrics[0]["reward/mean"] == pytest.approx(float((first + 0.5 * given["late"]).mean()), rel=1e-6)

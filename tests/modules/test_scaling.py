@@ -138,7 +138,7 @@ def test_it_goes_on_from_a_saved_state(scaling):
 def test_a_state_holds_plain_numbers():
     scaler = ScoreScaler(scaling="running")
     scaled(scaler, [1.0, 2.0, 3.0])
-    assert scaler.state_dict() == {"moments": [3.0, 6.0, 14.0]}
+    assert scaler.state_dict() == {"moments": [3.0, 6.0, 14.0], "by_name": {}}
 
 
 @pytest.mark.parametrize(
@@ -153,3 +153,112 @@ def test_a_state_holds_plain_numbers():
 def test_what_makes_no_sense_is_refused(arguments, complaint):
     with pytest.raises(ValueError, match=complaint):
         ScoreScaler(**arguments)
+
+
+# --- rewards one by one -----------------------------------------------------------------------------------------------
+
+WEIGHTS = {"helpful": 2.0, "short": -0.5}
+
+
+def both(helpful, short, tokens=None):
+    """Scores as the rewards give them; of `short` the tokens too, where it is dense."""
+    by_name = {"helpful": torch.tensor(helpful), "short": torch.tensor(short)}
+    total = sum(weight * by_name[name].nan_to_num(0.0) for name, weight in WEIGHTS.items())
+    more = (
+        {} if tokens is None else {"token_scores": torch.zeros(3, 3), "tokens_by_name": {"short": torch.tensor(tokens)}}
+    )
+    return Scores(total=total, by_name=by_name, **more)
+
+
+def normalized(so_far, row):
+    """What numpy says that scores are once normalised, those where the reward did not apply as 0."""
+    seen = np.concatenate(so_far)
+    seen = seen[~np.isnan(seen)]
+    return np.nan_to_num((np.array(row) - seen.mean()) / np.std(seen, ddof=1))
+
+
+@pytest.mark.invariant(27)
+def test_each_reward_is_normalised_by_the_moments_of_its_own_stream():
+    scaler = ScoreScaler(weights=WEIGHTS, normalize=["helpful", "short"])
+    streams = stream(seed=1), [[100.0 * x + 1e4 for x in row] for row in stream(seed=2)]
+    streams[1][1][2] = float("nan")
+    for i, (helpful, short) in enumerate(zip(*streams, strict=True)):
+        expected = 2.0 * normalized(streams[0][: i + 1], helpful) - 0.5 * normalized(streams[1][: i + 1], short)
+        result = scaler(both(helpful, short), rollouts())
+        np.testing.assert_allclose(result.total.numpy(), expected, atol=2e-5)
+        assert result.token_scores is None
+        assert result.by_name["helpful"].tolist() == pytest.approx(helpful, rel=1e-6)
+    assert scaler.moments_by_name["short"][0] == 14.0
+
+
+def test_a_reward_that_is_not_named_stays_as_it_is():
+    row = [1.0, 2.0, 6.0]
+    result = ScoreScaler(weights=WEIGHTS, normalize=["short"])(both([1.0, 2.0, 4.0], row), rollouts())
+    expected = 2.0 * np.array([1.0, 2.0, 4.0]) - 0.5 * normalized([row], row)
+    np.testing.assert_allclose(result.total.numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.invariant(19, 27)
+def test_dense_scores_are_divided_alike_and_the_mean_is_taken_off_on_the_last_token():
+    rows = [[1.0, 3.0, 0.0], [float("nan")] * 3, [2.0, 1.0, 5.0]]  # of 2, 1 and 3 tokens; the second does not apply
+    helpful, sums = [1.0, 2.0, 4.0], [4.0, float("nan"), 8.0]
+    scaler = ScoreScaler(weights=WEIGHTS, normalize=["helpful", "short"])
+    result = scaler(both(helpful, sums, rows), rollouts())
+    mean, std = 6.0, np.std([4.0, 8.0], ddof=1)
+    first = 2.0 * normalized([helpful], helpful)
+    expected = [
+        [-0.5 * 1.0 / std, -0.5 * (3.0 - mean) / std + first[0], 0.0],
+        [first[1], 0.0, 0.0],
+        [-0.5 * 2.0 / std, -0.5 * 1.0 / std, -0.5 * (5.0 - mean) / std + first[2]],
+    ]
+    np.testing.assert_allclose(result.token_scores.numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(result.total.numpy(), np.sum(expected, axis=1), atol=1e-6)
+
+
+def test_equal_scores_are_normalised_to_nothing():
+    scaler = ScoreScaler(weights={"helpful": 1.0, "short": 1.0}, normalize=["helpful", "short"])
+    result = scaler(both([0.1] * 3, [float("nan")] * 3), rollouts())
+    assert result.total.tolist() == pytest.approx([0.0] * 3, abs=1e-7)
+
+
+def test_penalty_clip_and_scale_come_after():
+    row = [1.0, 2.0, 6.0]
+    scaler = ScoreScaler(clip=1.0, missing_eos_penalty=0.5, weights={"helpful": 1.0}, normalize=["helpful"])
+    scores = Scores(total=torch.tensor(row), by_name={"helpful": torch.tensor(row)})
+    first, second, third = normalized([row], row)
+    assert third > 1.0
+    result = scaler(scores, rollouts(truncated=(True, False, False))).total.tolist()
+    assert result == pytest.approx([max(first - 0.5, -1.0), second, 1.0], abs=1e-6)
+
+
+@pytest.mark.invariant(27)
+def test_all_ranks_count_for_each_reward(monkeypatch):
+    # The other process holds 7, 8 and 9 of the one, and nothing of the other.
+    other = torch.tensor([[3.0, 24.0, 194.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    monkeypatch.setattr("lightning_rlhf.modules.scaling.sum_over_ranks", lambda moments: moments + other)
+    result = ScoreScaler(weights=WEIGHTS, normalize=["short", "helpful"])(
+        both([1.0, 2.0, 4.0], [1.0, 2.0, 6.0]), rollouts()
+    )
+    first = (np.array([1.0, 2.0, 4.0]) - 31 / 6) / np.std([1, 2, 4, 7, 8, 9], ddof=1)
+    expected = 2.0 * first - 0.5 * normalized([[1.0, 2.0, 6.0]], [1.0, 2.0, 6.0])
+    np.testing.assert_allclose(result.total.numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.invariant(36)
+def test_the_moments_of_each_reward_are_state():
+    def run(scaler, rows):
+        return [scaler(both(row, row[::-1]), rollouts()).total.tolist() for row in rows]
+
+    whole, before, after = (ScoreScaler(weights=WEIGHTS, normalize=["helpful", "short"]) for _ in range(3))
+    rows = stream()
+    expected = run(whole, rows)
+    run(before, rows[:2])
+    after.load_state_dict(before.state_dict())
+    assert run(after, rows[2:]) == expected[2:]
+
+
+def test_a_reward_that_there_is_not_cannot_be_normalised():
+    with pytest.raises(
+        ValueError, match="`normalize_rewards` names 'funny', which is none of the rewards: helpful, short"
+    ):
+        ScoreScaler(weights=WEIGHTS, normalize=["short", "funny"])

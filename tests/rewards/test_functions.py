@@ -179,6 +179,13 @@ def test_none_says_that_a_reward_does_not_apply():
     assert second != second
 
 
+def test_none_says_so_beside_dense_scores_too():
+    first, second, third = scored(lambda prompts, responses: [[1, 2], None, [4, 5, 6]])
+    assert (first, third) == ([1.0, 2.0], [4.0, 5.0, 6.0])
+    assert len(second) == 1
+    assert second[0] != second[0]
+
+
 @pytest.mark.invariant(39)
 @pytest.mark.parametrize(
     ("scores", "complaint"),
@@ -201,8 +208,8 @@ def test_none_says_that_a_reward_does_not_apply():
         ([1.0, object, 1.0], "gave <class 'object'> for response 1 .*: it must be a number"),
         ([[1.0], [1.0], [1.0, 1.0, 1.0]], r"gave \[1.0\] for response 0 .*has 2 tokens"),
         (np.ones((3, 3)), r"gave \[1.0, 1.0, 1.0\] for response 0 .*has 2 tokens"),
-        ([[1.0, 1.0], 1.0, [1.0, 1.0, 1.0]], "gave 1.0 for response 1 .*has 1 token"),
-        ([[1.0, 1.0], None, [1.0, 1.0, 1.0]], "gave None for response 1 .*has 1 token"),
+        ([[1.0, 1.0], 1.0, [1.0, 1.0, 1.0]], "gave 1.0 for response 1 .*, and a list for another response"),
+        ([3.0, 4.0, [1.0, 1.0, 1.0]], "gave 3.0 for response 0 .*, and a list for another response"),
         ([[1.0, 1.0], [1.0], [1.0, float("nan"), 1.0]], "gave nan for token 1 of response 2 .*: it must be finite"),
         ([[1.0, None], [1.0], [1.0, 1.0, 1.0]], "gave None for token 1 of response 0 .*: it must be a number"),
     ],

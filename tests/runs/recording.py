@@ -121,7 +121,7 @@ class Case:
         return (with_validation(self.data) if with_val else self.data)(self.rows, batch_size=3, seed=1)
 
 
-ONLINE = {"reward_scaling": "running", "kl_coef": 0.3, "num_epochs": 2, "minibatch_size": 2}
+ONLINE = {"reward_scaling": "running", "normalize_rewards": True, "kl_coef": 0.3, "num_epochs": 2, "minibatch_size": 2}
 CASES = {
     "ppo": Case(PPOModule, arguments=ONLINE),
     "grpo": Case(GRPOModule, arguments={**ONLINE, "group_size": 3}),

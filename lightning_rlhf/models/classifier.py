@@ -1,0 +1,186 @@
+"""Sequence classifiers of transformers: loaded, tried out, and asked for logits."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_rlhf.models.loading import ModelSpec, _check_folder
+
+Row = dict[str, list[int]]
+"""What a tokenizer makes of a text: ``input_ids``, and ``token_type_ids`` where the model reads them."""
+
+READ = ("model", "dtype", "attn_implementation", "revision", "trust_remote_code")
+"""Fields of a spec that mean something for a classifier."""
+
+
+def load_classifier(spec: ModelSpec, argument: str) -> Any:
+    """Reads a trained sequence classifier.
+
+    Args:
+        spec: Names it; what only a policy has must be left out.
+        argument: What the user calls it, for errors.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If there is no such model, it has no trained head, or the spec asks for more.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    from lightning_rlhf.models.linear import speed_up_linears
+
+    for field in fields(spec):
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        value = getattr(spec, field.name)
+        if field.name not in READ and value != default:
+            raise ValueError(f"`{argument}.{field.name}={value!r}` is a policy's, and a reward model reads none of it.")
+    name = os.fspath(spec.model)
+    _check_folder(name)
+    options = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            dtype=spec._torch_dtype(),
+            revision=spec.revision or "main",
+            trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`{argument}={name!r}` cannot be read as a sequence classifier of transformers (for a function, write its "
+            f"module too, as in 'my_reward.score'): {error}"
+        ) from error
+    if found["missing_keys"]:
+        raise ValueError(
+            f"`{argument}={name!r}` has no weights for {sorted(found['missing_keys'])}: it was never trained to score. "
+            "Name the folder of a trained classifier."
+        )
+    speed_up_linears(model)
+    return model
+
+
+class Classifier:
+    """A frozen classifier of sequences, out of sight of whatever looks for modules to train or save.
+
+    transformers' decoder-only classifiers read their score at the last token that is not PAD *by its id*: where the
+    tokenizer's PAD is its EOS, before the EOS; before a PAD that a text happens to end with, likewise. So rows are
+    filled up with an id that none of them holds, and the config says so during the call. Whether a model does that is
+    tried, not looked up, and so is whether it can be padded on the right at all.
+
+    Args:
+        model: A sequence classifier; frozen here, and in evaluation mode, which is where its dropout ends.
+        pad: PAD of its tokenizer, if there is one: what encoders are filled up with.
+
+    Attributes:
+        labels: How many logits it gives.
+        pools_by_pad: Whether it looks for its last token by the id of PAD.
+        pads: Whether a row's logits are the same beside longer ones.
+    """
+
+    def __init__(self, model: Any, pad: int | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.pad = pad
+        self.rows = int(model.get_input_embeddings().weight.shape[0])
+        accepted = inspect.signature(model.forward).parameters
+        self._more = {"use_cache": False} if "use_cache" in accepted else {}
+        self.reads_types = "token_type_ids" in accepted and getattr(self.config, "type_vocab_size", 0) > 1
+        self.labels, self.pools_by_pad, self.pads = self._probe()
+
+    @property
+    def config(self) -> Any:
+        """Where transformers looks for PAD."""
+        return self.model.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many tokens a row may have; None if the config names no limit."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return None if limit is None or limit < 0 else limit
+
+    def logits(self, rows: Sequence[Row]) -> Float[Tensor, "batch labels"]:
+        """The logits of texts, in one forward pass.
+
+        Args:
+            rows: Without padding.
+
+        Returns:
+            In single precision, on the CPU.
+        """
+        if not self.pools_by_pad and self.pad is not None:
+            return self._run(rows, self.pad)
+        held = {token for row in rows for token in row["input_ids"]}
+        unused = next((token for token in range(self.rows) if token not in held), None)
+        if unused is not None:
+            return self._run(rows, unused)
+        return torch.cat([self._run([row], None) for row in rows])
+
+    @torch.no_grad()
+    def _run(self, rows: Sequence[Row], pad: int | None) -> Tensor:
+        width = max(len(row["input_ids"]) for row in rows)
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        fill = {"input_ids": pad or 0, "token_type_ids": 0}
+        tokens = {
+            name: torch.tensor([row[name] + [fill[name]] * (width - len(row[name])) for row in rows]).to(self.device)
+            for name in rows[0]
+            if name == "input_ids" or self.reads_types
+        }
+        mask = (torch.arange(width) < lengths[:, None]).long().to(self.device)
+        # The precision of what trains does not reach into a frozen model of its own type.
+        with torch.autocast(self.device.type, enabled=False), _padding(self.config, pad):
+            return self.model(**tokens, attention_mask=mask, **self._more).logits.float().cpu()
+
+    def _probe(self) -> tuple[int, bool, bool]:
+        eos = self.config.eos_token_id
+        ends = [token for token in (eos if isinstance(eos, list) else [eos]) if token is not None][:1]
+        letters = [token for token in range(self.rows) if token not in (*ends, self.pad)][:4]
+        row = {"input_ids": [*letters[:3], *ends]}
+        alone = self._run([row], letters[-1])
+        if alone.dim() != 2:
+            raise TypeError(
+                f"`model={type(self.model).__name__}` gives no logits per sequence: a reward model is a sequence "
+                "classifier, loaded as ...ForSequenceClassification."
+            )
+        pools_by_pad = not torch.equal(alone, self._run([row], row["input_ids"][-1]))
+        self.pools_by_pad = pools_by_pad
+        longer = {"input_ids": [*letters[:3], *letters[:3], *ends]}
+        beside = self.logits([row, longer])[:1]
+        tolerance = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1
+        pads = bool((alone - beside).abs().max() <= tolerance * alone.abs().max())
+        if not pads:
+            rank_zero_warn(
+                f"{type(self.model).__name__} cannot be padded on the right: it scores texts of one length at a time."
+            )
+        return alone.shape[1], pools_by_pad, pads
+
+
+@contextmanager
+def _padding(config: Any, pad: int | None) -> Iterator[None]:
+    """Tells a classifier what its rows are filled up with."""
+    own = config.pad_token_id
+    config.pad_token_id = pad
+    try:
+        yield
+    finally:
+        config.pad_token_id = own
+
+
+def is_classifier_object(value: Any) -> bool:
+    """Whether a value is a network of transformers or PEFT, and no function of the user's."""
+    return isinstance(value, nn.Module) and hasattr(value, "config") and hasattr(value, "get_input_embeddings")

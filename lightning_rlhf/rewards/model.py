@@ -1,0 +1,264 @@
+"""Sequence classifiers as rewards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_rlhf.models.classifier import Classifier, Row, is_classifier_object, load_classifier
+from lightning_rlhf.models.loading import ModelLike, ModelSpec, load_tokenizer
+from lightning_rlhf.rewards.texts import READS, TextReader, continuations
+
+
+class RewardModel:
+    """A trained sequence classifier of transformers that scores responses.
+
+    It is frozen, in evaluation mode, in no checkpoint of the policy's, and keeps its own type whatever ``precision``
+    the Trainer has. Texts are tokenised anew by its own tokenizer. The score is read where transformers reads it: of
+    decoder-only models at the last token, whatever PAD is; so it does not depend on what is scored beside.
+
+    A text that is too long loses its beginning (a BOS or CLS stays): what was written, and where the score is read, is
+    at its end. The first time it happens a warning says how many texts it were.
+
+    Args:
+        model: A name, folder or :class:`ModelSpec` of a trained classifier; or one that is there already, perhaps
+            quantised, which is used as it is, frozen and moved, and not copied.
+        label: Whose output is the score, by its name in the config or its number; a model with one output needs none.
+        output: ``"logit"``, or ``"probability"`` of the label: softmax over all labels, or the sigmoid where the
+            config says that several can hold (``multi_label_classification``).
+        reads: ``"both"``: the prompt and, right after it, the response; chat messages go with the response through its
+            tokenizer's chat template. ``"pair"``: as two segments, for models trained so. ``"response"``: that alone.
+        append_eos: Whether every text is ended with EOS, as for models that were trained so; those that were cut off
+            too.
+        tokenizer: Its own; by default the one beside its weights. An object, name or folder.
+        max_tokens: How long a text may be; by default what the tokenizer or the config allows.
+        batch_tokens: Tokens of a forward pass, padding included; texts of alike length go together. It changes time
+            and memory, never a score.
+        device: Where it stays, such as ``"cpu"``; by default it goes where the policy goes.
+        name: Under which it is logged; the last part of its folder or hub name by default.
+
+    Example:
+        >>> RewardModel("org/polite-classifier", label="polite", output="probability").name
+        'polite-classifier'
+    """
+
+    def __init__(
+        self,
+        model: ModelLike,
+        *,
+        label: str | int | None = None,
+        output: Literal["logit", "probability"] = "logit",
+        reads: Literal["both", "pair", "response"] = "both",
+        append_eos: bool = False,
+        tokenizer: Any = None,
+        max_tokens: int | None = None,
+        batch_tokens: int = 8192,
+        device: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        self._given = {
+            "label": label,
+            "output": output,
+            "reads": reads,
+            "append_eos": append_eos,
+            "tokenizer": tokenizer,
+            "max_tokens": max_tokens,
+            "batch_tokens": batch_tokens,
+            "device": device,
+            "name": name,
+        }
+        self.spec = ModelSpec.of(model)
+        if not self.spec.is_named and (isinstance(model, ModelSpec) or not is_classifier_object(model)):
+            raise TypeError(
+                f"`model={type(self.spec.model).__name__}` must be a trained classifier: a hub name, a folder, or the "
+                "object itself."
+            )
+        for argument, value, known in (
+            ("output", output, ("logit", "probability")),
+            ("reads", reads, READS),
+        ):
+            if value not in known:
+                raise ValueError(f"`{argument}={value!r}` must be one of {', '.join(map(repr, known))}.")
+        for argument, number in {"max_tokens": max_tokens, "batch_tokens": batch_tokens}.items():
+            if number is not None and number < 1:
+                raise ValueError(f"`{argument}={number}` must be at least 1.")
+        self.label = label
+        self.output = output
+        self.reads = reads
+        self.append_eos = append_eos
+        self.max_tokens = max_tokens
+        self.batch_tokens = batch_tokens
+        self.device = None if device is None else torch.device(device)
+        self.name = name or self._own_name()
+        self.classifier: Classifier | None = None
+        self._tokenizer = tokenizer
+        self._has_warned = False
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        responses: Sequence[str],
+        response_tokens: Sequence[Tensor] | None = None,
+        tokenizer: Any = None,
+    ) -> list[float]:
+        """Scores responses.
+
+        Args:
+            prompts: Strings or chat messages.
+            responses: What was written to them.
+            response_tokens: As the policy wrote them; with them the space between prompt and response is kept that some
+                tokenizers take off what is decoded alone.
+            tokenizer: Of the policy.
+
+        Returns:
+            A number each.
+        """
+        classifier = self.load()
+        if self.reads == "both" and response_tokens is not None and tokenizer is not None:
+            responses = continuations(prompts, responses, response_tokens, tokenizer)
+        rows = self._cut(self._reader.rows(prompts, responses))
+        scores = torch.empty(len(rows), dtype=torch.float32)
+        for batch in self._batches([len(row["input_ids"]) for row in rows]):
+            scores[batch] = self._scores(classifier.logits([rows[i] for i in batch]))
+        return scores.tolist()
+
+    def load(self) -> Classifier:
+        """Reads and tries out the model; does nothing a second time.
+
+        Returns:
+            The classifier.
+
+        Raises:
+            ValueError: If model, tokenizer and label do not go together.
+        """
+        if self.classifier is None:
+            tokenizer = self.tokenizer
+            self._reader = TextReader(tokenizer, self.reads, self.append_eos, self.name)
+            network: Any = load_classifier(self.spec, "reward") if self.spec.is_named else self.spec.model
+            tokens, rows = len(tokenizer), int(network.get_input_embeddings().weight.shape[0])
+            if tokens > rows:
+                raise ValueError(
+                    f"`tokenizer` of the reward model {self.name!r} has {tokens} tokens, and the model {rows} rows: it "
+                    "is another model's. Pass its own."
+                )
+            classifier = Classifier(network, tokenizer.pad_token_id)
+            self._check_label(classifier)
+            self.classifier = classifier
+            if self.device is not None:
+                self._move(self.device)
+        return self.classifier
+
+    def to(self, device: torch.device) -> None:
+        """Goes where the policy is, unless it was told where to stay.
+
+        Args:
+            device: Of the policy.
+        """
+        if self.classifier is not None and self.device is None:
+            self._move(device)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its own; loaded when it is first asked for."""
+        if self._tokenizer is None or isinstance(self._tokenizer, str | os.PathLike):
+            source = getattr(self.spec.model, "name_or_path", "")
+            if self._tokenizer is None and not self.spec.is_named and source:
+                self._tokenizer = source
+            elif self._tokenizer is None and not self.spec.is_named:
+                raise ValueError(
+                    "`tokenizer=None` must be given where a reward model is an object that came from no folder: pass "
+                    "`RewardModel(model, tokenizer=...)`."
+                )
+            self._tokenizer = load_tokenizer(self._tokenizer, self.spec)
+        return self._tokenizer
+
+    def plain(self) -> dict[str, Any] | None:
+        """What makes the same again, as plain values; None where an object is among them."""
+        model = self.spec.plain()
+        tokenizer = self._given["tokenizer"]
+        if model is None or not (tokenizer is None or isinstance(tokenizer, str | os.PathLike)):
+            return None
+        given = {**self._given, "tokenizer": tokenizer and os.fspath(tokenizer)}
+        return {
+            "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
+            "init_args": given | {"model": model},
+        }
+
+    def _cut(self, rows: list[Row]) -> list[Row]:
+        """Rows that fit the model; of one that did not, the end."""
+        limit = self.token_limit
+        if limit is None:
+            return rows
+        too_long = [len(row["input_ids"]) for row in rows if len(row["input_ids"]) > limit]
+        if too_long and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"{len(too_long)} of {len(rows)} texts have more than the {limit} tokens that the reward model "
+                f"{self.name!r} reads (up to {max(too_long)}): their beginnings are cut off."
+            )
+        return [self._reader.end_of(row, limit) for row in rows]
+
+    @property
+    def token_limit(self) -> int | None:
+        """How long a text may be, in tokens; None is no limit."""
+        limits = [self.max_tokens, self.load().max_positions, self.tokenizer.model_max_length]
+        return min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
+
+    # --- numbers ------------------------------------------------------------------------------------------------
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Numbers of rows that are scored together, the longest first, so that too little memory shows at once."""
+        assert self.classifier is not None
+        batch: list[int] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            longest = lengths[batch[0]] if batch else lengths[i]
+            is_full = longest * (len(batch) + 1) > self.batch_tokens
+            if batch and (is_full or (not self.classifier.pads and lengths[i] != longest)):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        number = self._label_number(self.classifier)
+        if self.output == "logit":
+            return logits[:, number]
+        is_multiple = self.classifier.model.config.problem_type == "multi_label_classification"  # type: ignore[union-attr]
+        return (logits.sigmoid() if is_multiple else logits.softmax(1))[:, number]
+
+    def _label_number(self, classifier: Any) -> int:
+        if self.label is None:
+            return 0
+        return self.label if isinstance(self.label, int) else int(classifier.model.config.label2id[self.label])
+
+    def _check_label(self, classifier: Classifier) -> None:
+        by_number = classifier.model.config.id2label
+        names = [by_number.get(i, str(i)) for i in range(classifier.labels)]
+        fits = self.label in range(classifier.labels) if isinstance(self.label, int) else self.label in names
+        if self.label is None and classifier.labels > 1 or self.label is not None and not fits:
+            raise ValueError(
+                f"`label={self.label!r}` of the reward model {self.name!r} must be one of "
+                f"{', '.join(map(repr, names))}."
+            )
+        if classifier.labels == 1 and self.output == "probability":
+            raise ValueError(
+                f"`output='probability'`: the reward model {self.name!r} has one output, which is a score and no "
+                "probability. Use `output='logit'`."
+            )
+
+    def _move(self, device: torch.device) -> None:
+        assert self.classifier is not None
+        if self.classifier.device != device:
+            self.classifier.model.to(device)
+
+    def _own_name(self) -> str:
+        if self.spec.is_named:
+            return PurePath(os.fspath(self.spec.model)).name
+        return type(self.spec.model).__name__
