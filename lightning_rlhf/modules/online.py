@@ -16,8 +16,9 @@ from lightning_rlhf.chance import row_uniforms
 from lightning_rlhf.data.base import RLHFDataModule
 from lightning_rlhf.functional.masked import moments, whiten
 from lightning_rlhf.generation.sampling import Sampling, SamplingLike
+from lightning_rlhf.models.adapter_reference import on_the_same_model
 from lightning_rlhf.models.hydra import reference_of
-from lightning_rlhf.models.loading import ModelLike, ModelSpec
+from lightning_rlhf.models.loading import ModelLike, ModelSpec, check_frozen
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.modules.evaluation import PromptEvaluation
@@ -98,11 +99,8 @@ class OnlineModule(PromptEvaluation, ManualModule):
         self.reward_in_background = reward_in_background
         self._ahead: Tensor | None = None  # log-probs under the reference, read while the reward worked
         self.reference_spec = None if reference is None else ModelSpec.of(reference)
-        if self.reference_spec is not None and self.reference_spec.num_layers_unfrozen != -1:
-            raise ValueError(
-                f"`reference.num_layers_unfrozen={self.reference_spec.num_layers_unfrozen}` would be read by nothing: "
-                "a reference is frozen whole. It is the policy's to set."
-            )
+        if self.reference_spec is not None:
+            check_frozen(self.reference_spec, "reference")
         self.sampling = Sampling.of(sampling)
         self.sampling.check_trainable()
         self.metric_fn = None if metric_fn is None else MetricFunction(metric_fn)
@@ -248,6 +246,7 @@ class OnlineModule(PromptEvaluation, ManualModule):
 
     def on_train_start(self) -> None:
         """Makes sure of the reference, once everything is restored and converted."""
+        super().on_train_start()
         self._began = None
         if self.reference is not None:
             self.reference.check()
@@ -259,7 +258,9 @@ class OnlineModule(PromptEvaluation, ManualModule):
             return
         if self.reference_spec is None:
             self.reference = reference_of(self.policy, self.spec.is_named)
-        else:
+            return
+        self.reference = on_the_same_model(self.policy, self.spec, self.reference_spec)
+        if self.reference is None:
             network = Policy(self.load_decoder(self.reference_spec), self.policy.temperature)
             self.reference = Reference(network, self.reference_spec.is_named)
 
