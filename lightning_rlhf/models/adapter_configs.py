@@ -51,6 +51,11 @@ def adapter_config(adapter: AdapterLike) -> PeftConfig:
             f"`adapter` of type {config.peft_type.value} puts tokens before the prompt, with which decoding from a "
             "cache differs from reading the whole text: use one that changes layers, such as LORA."
         )
+    if config.peft_type.value in ("XLORA", "POLY"):
+        raise ValueError(
+            f"`adapter` of type {config.peft_type.value} is mixed anew for every text, which only PEFT's own forward "
+            "does: use one that is the same for all, such as LORA."
+        )
     if getattr(config, "alora_invocation_tokens", None) is not None:
         raise ValueError(
             "`adapter.alora_invocation_tokens` switches the adapter on in the middle of a text, which only PEFT's own "
