@@ -69,7 +69,12 @@ def _from_fields(fields: dict[str, Any]) -> PeftConfig:
     from peft import PeftConfig, PeftType
 
     if "class_path" in fields:
-        return imported(fields["class_path"], "adapter.class_path")(**fields.get("init_args", {}))
+        arguments = dict(fields.get("init_args", {}))
+        # The command line fills in what PEFT keeps for itself, and what it warns of where nothing reads it.
+        arguments.pop("runtime_config", None)
+        if arguments.get("init_lora_weights") != "loftq":
+            arguments.pop("loftq_config", None)
+        return imported(fields["class_path"], "adapter.class_path")(**arguments)
     kind = str(fields.pop("peft_type", "")).upper()
     if kind not in PeftType.__members__:
         raise ValueError(

@@ -60,6 +60,9 @@ class ModelSpec:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("adapter", "quantization"):  # the command line has a form of its own for a class and its arguments
+            value = getattr(self, name)
+            setattr(self, name, value.as_dict() if hasattr(value, "as_dict") else value)
         if self.num_layers_unfrozen < -1:
             raise ValueError(
                 f"`num_layers_unfrozen={self.num_layers_unfrozen}` must be a number of blocks, or -1 for everything."

@@ -82,9 +82,8 @@ def trained_folder(folder: Any, config: Any = None, adapter: Any = None) -> str:
 @pytest.mark.parametrize("name", [*USUAL, *MORE])
 def test_the_adapter_trains_and_nothing_else_and_off_it_leaves_the_model_bit_for_bit(name):
     config = ARCHITECTURES[name]()
-    adapter = (
-        LORA if name != "mixtral" else LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
-    )  # PEFT has no layers for the experts of so small a one
+    # PEFT has no layers for the experts of so small a Mixtral.
+    adapter = LORA if name != "mixtral" else LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     policy = policy_of(config, adapter, temperature=0.7)
     base = alone(config, temperature=0.7)
     trains = {n for n, p in policy.decoder.named_parameters() if p.requires_grad}
