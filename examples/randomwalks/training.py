@@ -87,7 +87,7 @@ LORA = Recipe(
     arguments={**OWN.arguments, "optimizer": functools.partial(adamw, lr=1e-3)},
     model={"adapter": {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}},
 )
-"""The same where the network that has imitated is frozen, and adapters learn beside every linear layer of its blocks."""
+"""The same where the network that has imitated is frozen, and an adapter learns beside every linear layer."""
 
 GRPO = Recipe(
     name="GRPO",

@@ -225,6 +225,8 @@ def test_a_yaml_names_adapter_and_quantisation(folders, tmp_path, capsys):
                 },
                 "reward": "tests.training.share_of_early_letters",
                 "sampling": {"max_new_tokens": 4},
+                # bitsandbytes, which PEFT imports, has one of that name too.
+                "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.001}},
             },
         },
         "data": {"class_path": "PromptDataModule", "init_args": {"prompts": PROMPTS}},
