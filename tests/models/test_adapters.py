@@ -24,9 +24,11 @@ from lightning_rlhf.models.adapter_configs import adapter_config, plain_adapter
 from lightning_rlhf.models.adapter_reference import AdapterReference, on_the_same_model
 from lightning_rlhf.models.adapters import Adapters
 from lightning_rlhf.models.decoder import Decoder
+from lightning_rlhf.models.freezing import freeze
 from lightning_rlhf.models.heads import ValueHead
 from lightning_rlhf.models.hydra import reference_of
 from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.models.probing import probe
 from lightning_rlhf.models.reference import Reference
 from tests.models.test_reference import BY_LENGTH, rollouts, scored, train
 from tests.networks import ARCHITECTURES, MORE, USUAL, deep, network, tiny_gpt2
@@ -46,19 +48,19 @@ TOKENS = torch.arange(12).reshape(2, 6)
 
 
 def policy_of(config: Any, adapter: Any, temperature: float = 1.0) -> Policy:
-    model = network(config)
+    model = network(copy.deepcopy(config))
     adapters = ModelSpec(model, adapter=adapter).adapt(model)
     decoder = Decoder(model)
     decoder.adapters = adapters
-    decoder.probe()
-    decoder.freeze(-1)
+    probe(decoder)
+    freeze(decoder, -1)
     return Policy(decoder, temperature, ValueHead(decoder.width)).eval()
 
 
 def alone(config: Any, temperature: float = 1.0) -> Policy:
     """The same network with no adapter anywhere."""
-    decoder = Decoder(network(config))
-    decoder.probe()
+    decoder = Decoder(network(copy.deepcopy(config)))
+    probe(decoder)
     return Policy(decoder, temperature).eval()
 
 

@@ -17,6 +17,7 @@ from lightning_rlhf.models.export import plain_model
 from lightning_rlhf.models.heads import ValueHead
 from lightning_rlhf.models.hydra import reference_of
 from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.models.probing import probe
 from lightning_rlhf.models.quantization import (
     NAMES,
     dequantized,
@@ -48,7 +49,7 @@ def policy_of(folder, quantization, adapter=None):
     spec = ModelSpec(folder, quantization=quantization, adapter=adapter)
     decoder = Decoder(spec.load())
     decoder.adapters = spec.adapt(decoder.model)
-    decoder.probe()
+    probe(decoder)
     return Policy(decoder, value_head=ValueHead(decoder.width)).eval()
 
 
