@@ -48,6 +48,7 @@ setup(
         "torch>=2.11",
         "transformers>=5.17,<6",
         "peft>=0.18",
+        "accelerate>=1.1",
         "bitsandbytes>=0.45.2",
         "torchmetrics>=1.0",
         "tensorboard>=2.11",
@@ -57,10 +58,12 @@ setup(
         "numpy>=1.26",
     ],
     extras_require={
+        "gguf": ["gguf>=0.10"],
         "examples": ["matplotlib>=3.8"],
         "test": [
             "beartype>=0.20",
             "build>=1.2",
+            "gguf>=0.10",
             "mypy>=1.15",
             "pytest>=8.3",
             "pytest-timeout>=2.3",

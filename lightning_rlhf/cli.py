@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,7 +86,8 @@ class RLHFCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Reads the command line."""
-        self.config = parser.parse_args(self.arguments)
+        with _optimizers_of_torch():
+            self.config = parser.parse_args(self.arguments)
 
     def _parse_ckpt_path(self) -> None:
         """Takes from a checkpoint the module's arguments that neither command line nor configuration give."""
@@ -95,7 +97,8 @@ class RLHFCLI(LightningCLI):
         if not path.is_file() or path.suffix not in (".ckpt", ".pt"):
             return
         stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get("hyper_parameters", {})
-        given = self.parser.parse_args(self.arguments, defaults=False)[command].model
+        with _optimizers_of_torch():
+            given = self.parser.parse_args(self.arguments, defaults=False)[command].model
         cls = _imported(given.class_path)
         if cls is None or not set(stored) <= set(known_arguments(cls)):
             return  # of another module, which this one will say
@@ -122,6 +125,29 @@ class RLHFCLI(LightningCLI):
     def before_predict(self) -> None:
         """Has responses written to a file."""
         self.trainer.callbacks.append(ResponseWriter(self.config.predict.responses))  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _optimizers_of_torch() -> Iterator[None]:
+    """Lets the bare name of an optimizer be torch's, where another library that is imported has one of that name.
+
+    bitsandbytes has an AdamW, and is imported as soon as PEFT is; jsonargparse would ask for a whole path.
+    """
+    from jsonargparse import _typehints
+
+    resolve = _typehints.resolve_class_path_by_name
+
+    def resolve_to_torch(cls: Any, name: str) -> str:
+        found = getattr(torch.optim, name, None)
+        if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
+            return f"torch.optim.{name}"
+        return resolve(cls, name)
+
+    _typehints.resolve_class_path_by_name = resolve_to_torch
+    try:
+        yield
+    finally:
+        _typehints.resolve_class_path_by_name = resolve
 
 
 def explained(message: str, keys: Sequence[str]) -> str:

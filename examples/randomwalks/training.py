@@ -79,6 +79,16 @@ TOP_LAYERS = Recipe(
 )
 """The same where only the top two layers learn, at a rate chosen on other graphs as well."""
 
+LORA = Recipe(
+    name="PPO, LoRA of rank 8",
+    algorithm=PPOModule,
+    iterations=OWN.iterations,
+    prompts=OWN.prompts,
+    arguments={**OWN.arguments, "optimizer": functools.partial(adamw, lr=1e-3)},
+    model={"adapter": {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}},
+)
+"""The same where the network that has imitated is frozen, and an adapter learns beside every linear layer."""
+
 GRPO = Recipe(
     name="GRPO",
     algorithm=GRPOModule,
@@ -96,7 +106,7 @@ GRPO = Recipe(
 )
 """Half of the starts at a time, seven episodes from each; chosen on other graphs as well."""
 
-RECIPES = {"ppo": OWN, "ppo-top-layers": TOP_LAYERS, "grpo": GRPO}
+RECIPES = {"ppo": OWN, "ppo-top-layers": TOP_LAYERS, "ppo-lora": LORA, "grpo": GRPO}
 """By the names that the command line knows."""
 
 

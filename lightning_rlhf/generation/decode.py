@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_rlhf.generation.sampling import Sampling, draw
-from lightning_rlhf.models.loading import SpecialTokens
 from lightning_rlhf.models.policy import NextToken, Policy
+from lightning_rlhf.models.vocabulary import SpecialTokens
 
 DROP_FINISHED_AT = 0.125
 """Share of finished rows from which they leave the batch: leaving copies the cache of those that stay."""

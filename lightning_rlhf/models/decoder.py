@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_rlhf.functional.head import head_logprobs
 from lightning_rlhf.functional.logprobs import response_logprobs
+from lightning_rlhf.models.adapters import Adapters
 from lightning_rlhf.models.blocks import Blocks
 from lightning_rlhf.models.reading import Reading, positions_of
 from lightning_rlhf.models.trunk import Trunk
@@ -71,6 +72,7 @@ class Decoder(nn.Module):
         blocks: Where it can be cut; None where that is not known.
         trunk: The frozen blocks below those that train, whose work can be kept; None where there are none, or where
             the model cannot begin in its middle.
+        adapters: What trains in its layers, if it was given some.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -83,6 +85,7 @@ class Decoder(nn.Module):
         self.is_plain = self.unpads = self.shares = self.is_compiled = False
         self.blocks: Blocks | None = None
         self.trunk: Trunk | None = None
+        self.adapters: Adapters | None = None
 
     @property
     def width(self) -> int:

@@ -12,14 +12,17 @@ from lightning_rlhf.models.trunk import Trunk
 def freeze(decoder: Decoder, num_layers_unfrozen: int) -> None:
     """Leaves the top blocks and what comes after them to train, less the embeddings, and nothing else.
 
+    The work of what lies below everything that trains is kept from then on.
+
     Args:
         decoder: Changed in place.
-        num_layers_unfrozen: How many blocks; 0 freezes the whole model, -1 nothing.
+        num_layers_unfrozen: How many blocks; 0 freezes the whole model, -1 leaves it as it is.
 
     Raises:
         ValueError: If there are fewer blocks, or they were not found.
     """
     if num_layers_unfrozen == -1:
+        _keep_frozen_blocks(decoder)
         return
     name = type(decoder.model).__name__
     if decoder.blocks is None:
@@ -37,9 +40,17 @@ def freeze(decoder: Decoder, num_layers_unfrozen: int) -> None:
     for top in decoder.blocks.top(num_layers_unfrozen) if num_layers_unfrozen else ():
         for parameter in decoder.model.get_submodule(top).parameters():
             parameter.requires_grad_(parameter is not embedding and parameter.is_floating_point())
-    if 0 < num_layers_unfrozen < len(decoder.blocks.blocks):
-        branch = len(decoder.blocks.blocks) - num_layers_unfrozen
-        _keep_trunk(decoder, Trunk(decoder.blocks.blocks[:branch], decoder.blocks.blocks[branch]))
+    _keep_frozen_blocks(decoder)
+
+
+def _keep_frozen_blocks(decoder: Decoder) -> None:
+    """Keeps the work of the blocks below the lowest that trains, where there are some."""
+    blocks = () if decoder.blocks is None else decoder.blocks.blocks
+    for branch, block in enumerate(blocks):
+        if any(parameter.requires_grad for parameter in decoder.model.get_submodule(block).parameters()):
+            if branch > 0:
+                _keep_trunk(decoder, Trunk(blocks[:branch], block))
+            return
 
 
 def _keep_trunk(decoder: Decoder, trunk: Trunk) -> None:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_rlhf.models.adapter_reference import as_at_the_start
 from lightning_rlhf.models.blocks import swapped
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.policy import Policy
@@ -93,9 +94,12 @@ def reference_of(policy: Policy, is_named: bool) -> Reference:
         is_named: Whether a name or folder says where its weights come from.
 
     Returns:
-        Copies of what trains where the trunk is frozen and can be shared, else a full copy.
+        With an adapter, the model without it or with a copy of it. Copies of what trains where the trunk is frozen and
+        can be shared. Else a full copy.
     """
     decoder = policy.decoder
+    if decoder.adapters is not None:
+        return as_at_the_start(policy)
     if all(parameter.requires_grad for parameter in decoder.parameters()):
         return Reference.copied_from(policy, is_named)
     top = FrozenTop(decoder)

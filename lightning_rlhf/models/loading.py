@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_rlhf.models.adapter_configs import AdapterLike, has_adapter_only, plain_adapter
+from lightning_rlhf.models.adapters import Adapters
+from lightning_rlhf.models.gguf import unpacked
+from lightning_rlhf.models.quantization import QuantizationLike, plain_quantization, quantization_config, steady
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +39,13 @@ class ModelSpec:
         num_layers_unfrozen: How many of the top blocks train, with what comes after them (final norm, an untied head);
             embeddings, a tied head and the blocks below are then frozen. 0 trains nothing of the model (a value head
             still learns), -1 everything.
+        adapter: What trains instead of the model's own weights: a config of PEFT (LoRA, DoRA, rsLoRA, AdaLoRA, IA3),
+            its fields with ``peft_type`` or ``class_path``, or the folder or name of one that was trained before.
+        quantization: How the weights, which are then frozen, are held: ``"nf4"``, ``"fp4"``, either with ``"-dq"`` for
+            scales that are quantised too, ``"int8"``, or transformers' ``BitsAndBytesConfig`` or its fields.
+        gguf_file: The file of the folder or hub name to read the weights from, which are unpacked to ``dtype``.
+        gradient_checkpointing: Whether the activations of a block are computed again in the backward pass rather than
+            held: less memory, a third more time, the same gradients.
     """
 
     model: ModelSource
@@ -43,11 +54,34 @@ class ModelSpec:
     revision: str | None = None
     trust_remote_code: bool = False
     num_layers_unfrozen: int = -1
+    adapter: AdapterLike = None
+    quantization: QuantizationLike = None
+    gguf_file: str | None = None
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("adapter", "quantization"):  # the command line has a form of its own for a class and its arguments
+            value = getattr(self, name)
+            setattr(self, name, value.as_dict() if hasattr(value, "as_dict") else value)
         if self.num_layers_unfrozen < -1:
             raise ValueError(
                 f"`num_layers_unfrozen={self.num_layers_unfrozen}` must be a number of blocks, or -1 for everything."
+            )
+        if self.adapter is not None and self.num_layers_unfrozen != -1:
+            raise ValueError(
+                f"`num_layers_unfrozen={self.num_layers_unfrozen}` and `adapter` both say what trains: leave it out, "
+                "and give a LoRA its `layers_to_transform` if only some blocks are to learn."
+            )
+        for name in ("quantization", "gguf_file"):
+            if getattr(self, name) is not None and not self.is_named:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is a way of reading weights, and `model` is a "
+                    f"{type(self.model).__name__}: write it to a folder by `save_pretrained`, and pass that."
+                )
+        if self.gguf_file is not None and self.quantization is not None:
+            raise ValueError(
+                f"`quantization={self.quantization!r}` does not go with `gguf_file={self.gguf_file!r}`, whose weights "
+                "are unpacked: load it once, `save_pretrained`, and quantise that folder."
             )
 
     @classmethod
@@ -64,7 +98,44 @@ class ModelSpec:
 
     def plain(self) -> dict[str, Any] | None:
         """The fields as plain values, or None where the model is an object."""
-        return {**asdict(self), "model": os.fspath(self.model)} if self.is_named else None
+        if not self.is_named:
+            return None
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {
+            "model": os.fspath(self.model),
+            "adapter": plain_adapter(self.adapter),
+            "quantization": plain_quantization(self.quantization),
+        }
+
+    def has_model_of(self, other: ModelSpec) -> bool:
+        """Whether the weights are the same as another's, whatever is to train and put beside them.
+
+        Args:
+            other: A spec.
+
+        Returns:
+            The answer; of objects that they are not.
+        """
+        mine, its = self.plain(), other.plain()
+        if mine is None or its is None:
+            return False
+        differ = {"num_layers_unfrozen", "adapter", "gradient_checkpointing"}
+        return all(mine[name] == its[name] for name in mine.keys() - differ)
+
+    def adapt(self, model: PreTrainedModel) -> Adapters | None:
+        """Puts the adapter, if there is one, into a model that was loaded.
+
+        Args:
+            model: Changed in place.
+
+        Returns:
+            The adapters, or None.
+        """
+        if self.adapter is None:
+            return None
+        if isinstance(self.adapter, str | os.PathLike):
+            _check_folder(os.fspath(self.adapter), "adapter")
+        return Adapters(model, self.adapter)
 
     def load(self) -> PreTrainedModel:
         """Builds or reads the decoder-only model.
@@ -108,11 +179,28 @@ class ModelSpec:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         _check_folder(name)
-        source = {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+        if has_adapter_only(name):
+            raise ValueError(
+                f"`model={name!r}` holds an adapter and no model: pass `ModelSpec(<the model>, adapter={name!r})`."
+            )
+        source = self._source()
         config = AutoConfig.from_pretrained(name, **source)
         _check_decoder(name, config)
-        options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
-        return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=self._torch_dtype(), **source, **options)
+        options: dict[str, Any] = {"dtype": self._torch_dtype(), **source}
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
+        if self.quantization is not None:
+            options["quantization_config"] = quantization_config(self.quantization, self._torch_dtype())
+        if self.gguf_file is not None:
+            return unpacked(AutoModelForCausalLM, name, options)
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
+        steady(model)
+        return model
+
+    def _source(self) -> dict[str, Any]:
+        """Where and how transformers is to look for what lies under a name."""
+        source = {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+        return source if self.gguf_file is None else {**source, "gguf_file": self.gguf_file}
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies beside the weights.
@@ -129,9 +217,7 @@ class ModelSpec:
             raise ValueError("`tokenizer=None` must be given where the model is a config or an object: pass one.")
         name = os.fspath(self.model)
         _check_folder(name)
-        return AutoTokenizer.from_pretrained(
-            name, revision=self.revision or "main", trust_remote_code=self.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(name, **self._source())
 
     def _torch_dtype(self) -> torch.dtype:
         dtype = getattr(torch, self.dtype.removeprefix("torch."), None)
@@ -144,17 +230,44 @@ ModelLike: TypeAlias = ModelSpec | ModelSource
 """A name, folder, config, model or :class:`ModelSpec`; from YAML also a spec's fields."""
 
 
-def _check_folder(name: str) -> None:
+def _check_folder(name: str, argument: str = "model") -> None:
     """What looks like a path must be one: the hub's own message would speak of a repository id."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep in name.replace("/", "", 1)
     if looks_local and not Path(name).is_dir():
-        raise ValueError(f"`model={name!r}` looks like a folder, and there is none: check the path.")
+        raise ValueError(f"`{argument}={name!r}` looks like a folder, and there is none: check the path.")
 
 
 def _check_decoder(name: str, config: PretrainedConfig) -> None:
     """Looks before loading: transformers would make half a model of BART's encoder-decoder, and say little."""
     if config.is_encoder_decoder:
         raise ValueError(f"`model={name}` is an encoder-decoder: only decoder-only models are supported so far.")
+
+
+def check_frozen(spec: ModelSpec, argument: str) -> None:
+    """Refuses of a model that never trains what says how it should.
+
+    Args:
+        spec: Of the model.
+        argument: What the user calls it.
+
+    Raises:
+        ValueError: If something does.
+    """
+    if spec.num_layers_unfrozen != -1:
+        raise ValueError(
+            f"`{argument}.num_layers_unfrozen={spec.num_layers_unfrozen}` would be read by nothing: a {argument} is "
+            "frozen whole. It is the policy's to set."
+        )
+    if spec.gradient_checkpointing:
+        raise ValueError(
+            f"`{argument}.gradient_checkpointing=True` would be read by nothing: a {argument} has no backward pass. It "
+            "is the policy's to set."
+        )
+    if spec.adapter is not None and not isinstance(spec.adapter, str | os.PathLike):
+        raise ValueError(
+            f"`{argument}.adapter={spec.adapter!r}` is not trained, so that it would add nothing: pass the folder of "
+            "one that is, or leave it out."
+        )
 
 
 def load_tokenizer(tokenizer: Any, spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -172,67 +285,3 @@ def load_tokenizer(tokenizer: Any, spec: ModelSpec) -> PreTrainedTokenizerBase:
     if isinstance(tokenizer, str | os.PathLike):
         return ModelSpec(tokenizer, trust_remote_code=spec.trust_remote_code).load_tokenizer()
     return tokenizer
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """The ids that end a response and fill a row.
-
-    Attributes:
-        eos: Every token that ends a response.
-        pad: What fills rows up; masks come from lengths, so it may be one of ``eos``.
-    """
-
-    eos: tuple[int, ...]
-    pad: int
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> SpecialTokens:
-        """Reads them off the tokenizer and the model's generation config.
-
-        Args:
-            tokenizer: Its EOS and PAD.
-            model: Its generation config may name further tokens that end a text.
-
-        Returns:
-            The ids.
-
-        Raises:
-            ValueError: If no token ends a response.
-        """
-        generation = getattr(model, "generation_config", None)
-        more = getattr(generation, "eos_token_id", None)
-        more = [] if more is None else [more] if isinstance(more, int) else list(more)
-        rows = model.get_input_embeddings().weight.shape[0]
-        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        eos = tuple(dict.fromkeys(own + [token for token in more if 0 <= token < rows]))
-        if not eos:
-            raise ValueError(
-                "`tokenizer` has no EOS token, so that no response could end: set `tokenizer.eos_token` to the token "
-                "that ends a text."
-            )
-        pad = tokenizer.pad_token_id
-        if pad is None:
-            rank_zero_info("The tokenizer has no PAD token: rows are filled with EOS, which no loss counts.")
-            pad = eos[0]
-        return cls(eos, pad)
-
-
-def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives a model a row for every token; new ones start at the mean of the others.
-
-    Args:
-        model: Changed in place where it has fewer rows than the tokenizer has tokens.
-        tokenizer: Its length counts added tokens.
-    """
-    rows, tokens = model.get_input_embeddings().weight.shape[0], len(tokenizer)
-    if tokens <= rows:
-        return
-    rank_zero_warn(f"The tokenizer has {tokens} tokens and the model {rows} rows: its embeddings were resized.")
-    model.resize_token_embeddings(tokens, mean_resizing=False)
-    with torch.no_grad():
-        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-            embedding.weight[rows:] = embedding.weight[:rows].mean(0)
-            bias = getattr(embedding, "bias", None)
-            if bias is not None:
-                bias[rows:] = bias[:rows].mean()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -75,9 +75,13 @@ class Reference:
         with self.in_place():
             return self.reader.scored(rollouts, size, tokens, most)
 
+    def weights(self) -> Mapping[str, Tensor]:
+        """All that it has of its own, by name."""
+        return self.network.state_dict()
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: a fingerprint, and the weights where they could not be had again."""
-        self._fingerprint = self._fingerprint or fingerprint(self.network)
+        self._fingerprint = self._fingerprint or fingerprint(self.weights())
         state: dict[str, Any] = {"fingerprint": self._fingerprint}
         if not self.is_named:
             state["weights"] = whole_state(self.network)
@@ -103,7 +107,7 @@ class Reference:
         """
         if self._expected is None:
             return
-        self._fingerprint = fingerprint(self.network)
+        self._fingerprint = fingerprint(self.weights())
         if self._fingerprint != self._expected:
             raise ValueError(
                 "`reference` is not the one that the checkpoint was trained against: its weights differ. Resume with "
@@ -113,17 +117,18 @@ class Reference:
 
 
 @torch.no_grad()
-def fingerprint(module: nn.Module) -> str:
-    """A short name for a module's weights: equal for equal weights, on any device, sharded or not; then a collective.
+def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
+    """A short name for weights: equal for equal ones, on any device, sharded or not; then a collective.
 
     Args:
-        module: Any module.
+        weights: By name, or a module's.
 
     Returns:
         16 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(whole(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

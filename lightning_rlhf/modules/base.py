@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from lightning_rlhf.chance import derived_seed
 from lightning_rlhf.data.base import RLHFDataModule, run_seed
-from lightning_rlhf.data.settled import count_logged, go_on_with_a_new_epoch, settle
+from lightning_rlhf.data.settled import count_logged, go_on_with_a_new_epoch
 from lightning_rlhf.generation.sampling import Sampling, SamplingChanges
 from lightning_rlhf.models.activations import fuse_activations
 from lightning_rlhf.models.decoder import Decoder
-from lightning_rlhf.models.dropout import DropoutValues, disable_dropout, original_dropout
+from lightning_rlhf.models.dropout import disable_dropout
 from lightning_rlhf.models.freezing import freeze
 from lightning_rlhf.models.heads import ValueHead
-from lightning_rlhf.models.loading import ModelLike, ModelSpec, SpecialTokens, fit_embeddings, load_tokenizer
+from lightning_rlhf.models.loading import ModelLike, ModelSpec, load_tokenizer
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.probing import probe
+from lightning_rlhf.models.quantization import is_quantized
+from lightning_rlhf.models.recomputation import recompute_activations
 from lightning_rlhf.models.reference import Reference
-from lightning_rlhf.models.weights import whole_state
+from lightning_rlhf.models.vocabulary import SpecialTokens, fit_embeddings
 from lightning_rlhf.modules.arguments import plain_arguments, reject_unknown
-from lightning_rlhf.modules.evaluation import EvaluatedModule, expect
+from lightning_rlhf.modules.evaluation import expect
 from lightning_rlhf.modules.imports import check_datamodule, warn_of_the_other
 from lightning_rlhf.modules.optimization import (
     OptimizerLike,
@@ -43,9 +43,10 @@ from lightning_rlhf.modules.optimization import (
     parameter_groups,
 )
 from lightning_rlhf.modules.ranks import take_over
-from lightning_rlhf.modules.resuming import STATE, algorithm_of, check_resumable
+from lightning_rlhf.modules.saving import SavedModule
 from lightning_rlhf.modules.signals import EndTogether
-from lightning_rlhf.strategies.checkpoint_io import make_checkpoints_atomic, replace_synced
+from lightning_rlhf.modules.trainer_checks import check_precision
+from lightning_rlhf.strategies.checkpoint_io import make_checkpoints_atomic
 from lightning_rlhf.strategies.fsdp2 import check_strategy
 from lightning_rlhf.strategies.sharding import shard
 
@@ -56,7 +57,7 @@ _WRONG_ADVICE = (
 """What Lightning warns of that does not hold for these modules."""
 
 
-class RLHFModule(EvaluatedModule):
+class RLHFModule(SavedModule):
     """A policy that learns.
 
     Args:
@@ -113,7 +114,6 @@ class RLHFModule(EvaluatedModule):
         self.sampling_changes = evaluation_sampling
         self.sampling.but(evaluation_sampling, "evaluation_sampling")  # what is misspelt is better said now
         self._tokenizer = tokenizer
-        self._dropout: DropoutValues = []
         self.reference: Reference | None = None
         self._end: EndTogether | None = None
         self.save_hyperparameters(plain_arguments(self.__dict__.pop("_given") | {"seed": self.seed}))
@@ -143,6 +143,12 @@ class RLHFModule(EvaluatedModule):
     def build(self) -> None:
         """Makes the policy, under a random state that depends on the seed alone."""
         decoder = self.load_decoder(self.spec)
+        if is_quantized(decoder.model) and decoder.adapters is None and self.spec.num_layers_unfrozen != 0:
+            raise ValueError(
+                f"`quantization={self.spec.quantization!r}` leaves {type(decoder.model).__name__} nothing to train, "
+                "since rounded weights have no gradient: give it an `adapter`, or `num_layers_unfrozen=0` for a value "
+                "head alone."
+            )
         freeze(decoder, self.spec.num_layers_unfrozen)
         if self.compile_options is not False:
             decoder.compile(**({} if self.compile_options is True else self.compile_options))
@@ -167,12 +173,25 @@ class RLHFModule(EvaluatedModule):
         model = spec.load()
         if not spec.is_named and self._trainer is not None:
             take_over(model, self._trainer.strategy.root_device)  # an object need not be the same everywhere
-        fit_embeddings(model, self.tokenizer)
+        new_rows = fit_embeddings(model, self.tokenizer)
+        adapters = spec.adapt(model)
+        if (
+            new_rows
+            and adapters is not None
+            and not any(p.requires_grad for p in model.get_input_embeddings().parameters())
+        ):
+            rank_zero_warn(
+                f"The adapter leaves the rows of {new_rows} new tokens at the mean of the others: name the embeddings "
+                "in its `modules_to_save` or the tokens in `trainable_token_indices` if they are to be learnt."
+            )
+        if spec.gradient_checkpointing:
+            recompute_activations(model)
         fuse_activations(model)
         speed_up_linears(model)
         if self.disable_dropout:
             self._dropout += disable_dropout(model)
         decoder = Decoder(model)
+        decoder.adapters = adapters
         probe(decoder)
         decoder.shares = self.disable_dropout
         return decoder
@@ -197,6 +216,7 @@ class RLHFModule(EvaluatedModule):
     def configure_callbacks(self) -> list[Callback]:
         """Looks at the trainer before anything else does, and gives the data its tokenizer."""
         check_strategy(self.trainer)
+        check_precision(self.trainer)
         check_datamodule(self.trainer)
         make_checkpoints_atomic(self.trainer.strategy)
         self._end = EndTogether(self.trainer) if self.trainer.world_size > 1 else None
@@ -239,41 +259,7 @@ class RLHFModule(EvaluatedModule):
             )
         embeddings = [p for module in self.modules() if isinstance(module, nn.Embedding) for p in module.parameters()]
         optimizer = make_optimizer(self.optimizer, groups, embeddings)
+        if self.policy.decoder.adapters is not None:
+            self.policy.decoder.adapters.follow(optimizer)
         scheduler = make_scheduler(self.lr_scheduler, optimizer, self.warmup_updates, self.progress)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    # --- saving -------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what is neither weight nor optimizer, and leaves out of the counters what has not come to an end."""
-        checkpoint[STATE] = {"algorithm": algorithm_of(self)}
-        settle(self.trainer, checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses what this module cannot go on from."""
-        check_resumable(self, checkpoint)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes model and tokenizer as a plain Hugging Face folder, with the original dropout values.
-
-        A sharded policy is put together first: call it on all processes, and process 0 writes. Everything is written
-        beside the folder first; files of the same name in it are then replaced one by one.
-
-        Args:
-            folder: Where to; made if it is missing.
-        """
-        if not self.is_built:
-            self.configure_model()
-        weights = whole_state(self.policy.decoder.model) if isinstance(self.policy, FSDPModule) else None
-        if self.global_rank != 0:
-            return
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
-            with original_dropout(self._dropout):
-                self.policy.decoder.model.save_pretrained(beside, state_dict=weights)
-            self.tokenizer.save_pretrained(beside)
-            for path in sorted(path for path in Path(beside).rglob("*") if path.is_file()):
-                place = target / path.relative_to(beside)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                replace_synced(path, place)

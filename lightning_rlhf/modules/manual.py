@@ -176,6 +176,18 @@ class ManualModule(RLHFModule):
         scheduler: Any = self.lr_schedulers()
         scheduler.step()
 
+    def call_callbacks(self, hook: str, *args: Any) -> None:
+        """Calls a hook of our own on every callback that has it.
+
+        Args:
+            hook: Such as ``"on_experience"``.
+            *args: What it gets after trainer and module.
+        """
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            method = getattr(callback, hook, None)
+            if method is not None:
+                method(self.trainer, self, *args)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clips gradients, after they were unscaled and before they are used."""
         for parameter in self.resting_parameters():

@@ -48,6 +48,7 @@ class OfflineModule(RLHFModule):
 
     def on_train_start(self) -> None:
         """Nothing has been added up yet."""
+        super().on_train_start()
         self._window = torch.zeros(2, dtype=torch.float64)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

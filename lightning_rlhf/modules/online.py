@@ -16,8 +16,9 @@ from lightning_rlhf.chance import row_uniforms
 from lightning_rlhf.data.base import RLHFDataModule
 from lightning_rlhf.functional.masked import moments, whiten
 from lightning_rlhf.generation.sampling import Sampling, SamplingLike
+from lightning_rlhf.models.adapter_reference import on_the_same_model
 from lightning_rlhf.models.hydra import reference_of
-from lightning_rlhf.models.loading import ModelLike, ModelSpec
+from lightning_rlhf.models.loading import ModelLike, ModelSpec, check_frozen
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.modules.evaluation import PromptEvaluation
@@ -101,11 +102,8 @@ class OnlineModule(PromptEvaluation, ManualModule):
         self.reward_in_background = reward_in_background
         self._ahead: Tensor | None = None  # log-probs under the reference, read while the reward worked
         self.reference_spec = None if reference is None else ModelSpec.of(reference)
-        if self.reference_spec is not None and self.reference_spec.num_layers_unfrozen != -1:
-            raise ValueError(
-                f"`reference.num_layers_unfrozen={self.reference_spec.num_layers_unfrozen}` would be read by nothing: "
-                "a reference is frozen whole. It is the policy's to set."
-            )
+        if self.reference_spec is not None:
+            check_frozen(self.reference_spec, "reference")
         self.sampling = Sampling.of(sampling)
         self.sampling.check_trainable()
         self.metric_fn = None if metric_fn is None else MetricFunction(metric_fn)
@@ -232,18 +230,6 @@ class OnlineModule(PromptEvaluation, ManualModule):
         """
         return whiten(x, mask, sum_over_ranks(moments(x, mask)))
 
-    def call_callbacks(self, hook: str, *args: Any) -> None:
-        """Calls a hook of our own on every callback that has it.
-
-        Args:
-            hook: Such as ``"on_experience"``.
-            *args: What it gets after trainer and module.
-        """
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            method = getattr(callback, hook, None)
-            if method is not None:
-                method(self.trainer, self, *args)
-
     def on_fit_start(self) -> None:
         """Says once what a resumed run would lose."""
         resumed = self.trainer.ckpt_path is not None
@@ -252,6 +238,7 @@ class OnlineModule(PromptEvaluation, ManualModule):
 
     def on_train_start(self) -> None:
         """Makes sure of the reference, once everything is restored and converted."""
+        super().on_train_start()
         self._began = None
         if self.reference is not None:
             self.reference.check()
@@ -264,7 +251,9 @@ class OnlineModule(PromptEvaluation, ManualModule):
             return
         if self.reference_spec is None:
             self.reference = reference_of(self.policy, self.spec.is_named)
-        else:
+            return
+        self.reference = on_the_same_model(self.policy, self.spec, self.reference_spec)
+        if self.reference is None:
             network = Policy(self.load_decoder(self.reference_spec), self.policy.temperature)
             self.reference = Reference(network, self.reference_spec.is_named)
 

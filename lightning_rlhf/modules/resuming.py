@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import lightning as L
@@ -27,12 +27,13 @@ def algorithm_of(module: L.LightningModule) -> str:
     return (type(module) if inspect.isabstract(of_library) else of_library).__name__
 
 
-def check_resumable(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+def check_resumable(module: L.LightningModule, checkpoint: Mapping[str, Any], left_out: Set[str] = frozenset()) -> None:
     """Refuses what a module cannot go on from, before torch compares names of weights.
 
     Args:
         module: Its networks built.
         checkpoint: As Lightning read it.
+        left_out: Names of weights that it need not hold.
 
     Raises:
         ValueError: If another module wrote it, or this one had another network.
@@ -44,7 +45,7 @@ def check_resumable(module: L.LightningModule, checkpoint: Mapping[str, Any]) ->
             f"`ckpt_path` {writer}, and {mine} cannot go on from it: to begin with its weights, export them with "
             "`save_pretrained` and pass the folder as `policy`."
         )
-    difference = _difference(module, checkpoint)
+    difference = _difference(module, checkpoint, left_out)
     if difference:
         raise ValueError(
             f"`policy` is not the network that `ckpt_path` holds: {difference}. Resume with the model that the run "
@@ -52,18 +53,18 @@ def check_resumable(module: L.LightningModule, checkpoint: Mapping[str, Any]) ->
         )
 
 
-def _difference(module: Any, checkpoint: Mapping[str, Any]) -> str:
+def _difference(module: Any, checkpoint: Mapping[str, Any], left_out: Set[str]) -> str:
     """The first way in which a module's parameters differ from those in a checkpoint, in words."""
     saved = checkpoint.get("state_dict")
     if not saved:  # written in pieces, one a process
         return ""
-    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    own = {name: tuple(value.shape) for name, value in module.state_dict().items() if name not in left_out}
     for name, shape in own.items():
         if name not in saved:
             return f"it has `{name}`, and the checkpoint does not"
         if tuple(saved[name].shape) != shape:
             return f"`{name}` is {shape} here and {tuple(saved[name].shape)} there"
-    more = [name for name in saved if name not in own]
+    more = [name for name in saved if name not in own and name not in left_out]
     if more:
         return f"the checkpoint has `{more[0]}`, and it does not"
     trained = sum(parameter.requires_grad for parameter in module.parameters())

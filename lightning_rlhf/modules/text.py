@@ -17,8 +17,8 @@ from lightning_rlhf.data.tokens import padded, prompt_ids
 from lightning_rlhf.generation.decode import Decoded, DecodeLoop
 from lightning_rlhf.generation.sampling import Sampling, SamplingLike
 from lightning_rlhf.generation.stopping import stop_criteria
-from lightning_rlhf.models.loading import SpecialTokens
 from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.models.vocabulary import SpecialTokens
 from lightning_rlhf.modules.arguments import Remembering
 from lightning_rlhf.strategies.sharding import held
 

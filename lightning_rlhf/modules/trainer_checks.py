@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.utilities import rank_zero_warn
 
 _REMEDIES: dict[type[Callback], str] = {
@@ -41,6 +42,23 @@ def check_flags(trainer: L.Trainer, module: str) -> None:
         raise ValueError(
             f"`Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches})` does not reach the updates of "
             f"{module}: give it a `micro_batch_size` smaller than `minibatch_size` instead."
+        )
+
+
+def check_precision(trainer: L.Trainer) -> None:
+    """Refuses Lightning's quantisation, which takes every linear layer of a module.
+
+    Args:
+        trainer: Whose precision it is.
+
+    Raises:
+        ValueError: If it quantises, with what to use instead.
+    """
+    if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+        raise ValueError(
+            "`Trainer(plugins=BitsandbytesPrecision(...))` would quantise every linear layer of the module, value head "
+            "and adapter too, and train none of them: leave it out, and pass "
+            "`ModelSpec(..., quantization='nf4', adapter=...)`."
         )
 
 

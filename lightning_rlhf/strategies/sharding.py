@@ -12,8 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from lightning_rlhf.models.adapter_reference import AdapterReference
 from lightning_rlhf.models.hydra import HydraReference
 from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.models.quantization import is_quantized
 from lightning_rlhf.models.reference import Reference
 
 PRECISIONS = {
@@ -42,12 +44,23 @@ def shard(policy: Policy, reference: Reference | None, mesh: DeviceMesh, precisi
         raise ValueError(
             f"`Trainer(precision={precision!r})` cannot be sharded: use {' or '.join(map(repr, PRECISIONS))}."
         )
+    networks = [policy] if reference is None else [policy, reference.network]
+    if any(is_quantized(network) for network in networks):
+        raise ValueError(
+            "`quantization` cannot be sharded, since bitsandbytes knows no shards: leave it out, or use "
+            "`Trainer(strategy='ddp')`, where every process holds the whole model."
+        )
+    if policy.decoder.adapters is not None and policy.decoder.adapters.allocates:
+        raise ValueError(
+            "`adapter` of type ADALORA ranks single weights, which no process has all of when they are sharded: use "
+            "LORA, or `Trainer(strategy='ddp')`."
+        )
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": PRECISIONS[precision]}
     if isinstance(reference, HydraReference):
         # Its copies come first: what they share with the policy is then sharded for each of them.
         for module in reference.network.copies:
             fully_shard(module, reshard_after_forward=True, **options)
-    elif reference is not None:
+    elif reference is not None and not isinstance(reference, AdapterReference):  # that has nothing of its own
         _shard(reference.network, options, reshard_root=True)
     # What is in no block is needed to the end of a forward pass, and at once when the backward pass begins.
     _shard(policy, options, reshard_root=False)

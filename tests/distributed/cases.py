@@ -54,6 +54,13 @@ def policy_of(num_layers_unfrozen: int = -1, layers: int = 3) -> ModelSpec:
     return ModelSpec(tiny_gpt2(LETTERS, layers=layers, initializer_range=0.3), num_layers_unfrozen=num_layers_unfrozen)
 
 
+def with_adapter() -> ModelSpec:
+    """The same with an adapter in its top two blocks, which begins at something: the reference is a copy of it."""
+    spec = policy_of()
+    spec.adapter = {"peft_type": "LORA", "r": 2, "init_lora_weights": False, "layers_to_transform": [1, 2]}
+    return spec
+
+
 def online(cls: type, policy: Any = None, **arguments: Any) -> Any:
     """An online module that makes one minibatch an epoch, whatever the number of processes."""
     defaults: dict[str, Any] = {
@@ -77,6 +84,7 @@ ALGORITHMS: dict[str, Any] = {
     ),
     "grpo": functools.partial(online, GRPOModule, group_size=3, micro_batch_size=2),
     "grpo_hydra": lambda **more: online(GRPOModule, policy_of(2, layers=6), group_size=4, divide_by_std=False, **more),
+    "ppo_lora": lambda **more: online(PPOModule, with_adapter(), micro_batch_size=1, **more),
     # Scores of two or three values: in many groups all are equal, and nothing else has a gradient.
     "grpo_silent": functools.partial(
         online, GRPOModule, group_size=2, kl_coef=0.0, reward_clip=0.01, averaging="tokens", micro_batch_size=1
@@ -165,6 +173,7 @@ def learns(name: str, strategy: str, folder: Path) -> dict[str, Any]:
 ppo = functools.partial(learns, "ppo")
 ppo_hydra = functools.partial(learns, "ppo_hydra")
 ppo_loss = functools.partial(learns, "ppo_loss")
+ppo_lora = functools.partial(learns, "ppo_lora")
 grpo = functools.partial(learns, "grpo")
 grpo_silent = functools.partial(learns, "grpo_silent")
 grpo_hydra = functools.partial(learns, "grpo_hydra")
@@ -327,6 +336,7 @@ def resumed_by(build: Any, strategy: str, folder: Path) -> dict[str, Any]:
 
 resumed = functools.partial(resumed_by, functools.partial(online, PPOModule, policy_of(2, layers=6)))
 resumed_whole = functools.partial(resumed_by, functools.partial(online, PPOModule))
+resumed_lora = functools.partial(resumed_by, lambda **more: online(PPOModule, with_adapter(), **more))
 resumed_grpo = functools.partial(resumed_by, functools.partial(online, GRPOModule, group_size=4))
 
 
@@ -451,6 +461,7 @@ SAME = [
     "ppo",
     "ppo_hydra",
     "ppo_loss",
+    "ppo_lora",
     "grpo",
     "grpo_hydra",
     "grpo_silent",
@@ -469,6 +480,7 @@ OF_TWO = [
     "resumed",
     "resumed_whole",
     "resumed_grpo",
+    "resumed_lora",
     "told_to_end",
     "failing_too_few",
     "failing_not_a_number",

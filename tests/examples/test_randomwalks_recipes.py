@@ -31,9 +31,9 @@ def test_no_recipe_takes_more_than_2800_episodes_and_all_starts_get_as_many(name
     assert recipe.iterations * recipe.prompts % 20 == 0
 
 
-@pytest.mark.parametrize(("name", "trains"), [("ppo", 80), ("ppo-top-layers", 30), ("grpo", 76)])
+@pytest.mark.parametrize(("name", "trains"), [("ppo", 80), ("ppo-top-layers", 30), ("ppo-lora", 52), ("grpo", 76)])
 def test_recipes_train_what_they_say(name, trains, short, tmp_path):
-    """A block of GPT-2 has 12 tensors, its final norm 2, its embeddings 2, and a value head 4."""
+    """A block of GPT-2 has 12 tensors (4 layers of which get 2 each), its norm 2, its embeddings 2, a value head 4."""
     task = RandomWalks(1)
     untrained(task).save_pretrained(tmp_path)
     task.tokenizer().save_pretrained(tmp_path)

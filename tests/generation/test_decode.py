@@ -17,8 +17,8 @@ from lightning_rlhf.generation.decode import Decoded, DecodeLoop
 from lightning_rlhf.generation.sampling import Sampling
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.heads import ValueHead
-from lightning_rlhf.models.loading import SpecialTokens
 from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.models.vocabulary import SpecialTokens
 from tests.networks import ARCHITECTURES, EOS, ODD, PAD, USUAL, VOCABULARY, Scripted, bigram, network, random_rows
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

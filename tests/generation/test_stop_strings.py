@@ -11,7 +11,7 @@ from lightning_rlhf.data.tokens import padded
 from lightning_rlhf.generation import decode
 from lightning_rlhf.generation.decode import Decoded, DecodeLoop
 from lightning_rlhf.generation.sampling import Sampling
-from lightning_rlhf.models.loading import SpecialTokens
+from lightning_rlhf.models.vocabulary import SpecialTokens
 from tests.networks import Scripted, bigram, piece_tokenizer, tiny_gpt2, word_tokenizer
 
 PIECES = ["a", "b", "c", "d", "e", "f", "ab", "bc", "abc", "cab", "fcabd", "##", "b#", "."]

@@ -11,8 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_rlhf import PPOModule
-from lightning_rlhf.models.loading import ModelSpec, SpecialTokens, fit_embeddings, load_tokenizer
+from lightning_rlhf.models.loading import ModelSpec, load_tokenizer
 from lightning_rlhf.models.reference import fingerprint
+from lightning_rlhf.models.vocabulary import SpecialTokens, fit_embeddings
 from tests.networks import ARCHITECTURES, EOS, PAD, VOCABULARY, network, tiny_gpt2, word_tokenizer
 
 TOKENS = torch.arange(12).reshape(2, 6)
@@ -63,6 +64,10 @@ def test_a_spec_is_taken_as_it_is_and_from_its_fields() -> None:
         "revision": None,
         "trust_remote_code": False,
         "num_layers_unfrozen": -1,
+        "adapter": None,
+        "quantization": None,
+        "gguf_file": None,
+        "gradient_checkpointing": False,
     }
     with pytest.raises(TypeError, match="weight_dtype"):
         ModelSpec.of({"model": "gpt2", "weight_dtype": "bfloat16"})

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,7 @@ from lightning_rlhf import ModelSpec, PPOModule, PromptDataModule
 from lightning_rlhf.models.hydra import HydraReference
 from lightning_rlhf.strategies.checkpoint_io import replace_folder
 from lightning_rlhf.strategies.fsdp2 import RLHFStrategy
-from tests.networks import tiny_gpt2
+from tests.networks import network, tiny_gpt2
 from tests.training import PROMPTS, bare_trainer, fit, module_of, weights
 
 
@@ -69,6 +70,51 @@ def _parts(reference):
     if isinstance(reference, HydraReference):
         return list(reference.network.copies)
     return [reference.network, *reference.network.decoder.model.transformer.h]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "pissa"])
+def test_an_adapter_is_sharded_with_its_model_and_exported_whole(adapter, tmp_path):
+    fields = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
+    if adapter == "pissa":  # whose reference is a copy of it
+        fields["init_lora_weights"] = "pissa"
+
+    def build():
+        return module_of(PPOModule, ModelSpec(tiny_gpt2(initializer_range=0.3), adapter=fields), kl_coef=0.05)
+
+    module, plain = build(), build()
+    seen, expected = fit(module, strategy="rlhf_fsdp2"), fit(plain)
+    assert all(isinstance(parameter, DTensor) for parameter in module.policy.parameters())
+    for metrics, others in zip(seen.metrics, expected.metrics, strict=True):
+        for name in ("kl/sequence", "optim/grad_norm", "policy/loss"):
+            assert metrics[name] == pytest.approx(others[name], rel=1e-4, abs=1e-6)
+    assert abs(seen.metrics[-1]["kl/sequence"]) > 1e-3
+    got = torch.cat([parameter.full_tensor().detach().flatten() for parameter in module.policy.parameters()])
+    torch.testing.assert_close(got, weights(plain), rtol=0, atol=1e-6)
+    for merge in (False, True):
+        for name, one in {"sharded": module, "plain": plain}.items():
+            one.save_pretrained(tmp_path / f"{name}-{merge}", merge_adapter=merge)
+    name = "adapter_model.safetensors"
+    mine, other = (load_file(tmp_path / f"{kind}-False" / name) for kind in ("sharded", "plain"))
+    assert mine.keys() == other.keys()
+    assert len(mine) == 2 * 2 * 4
+    for key, weight in mine.items():
+        torch.testing.assert_close(weight, other[key], rtol=0, atol=1e-6)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / f"{kind}-True") for kind in ("sharded", "plain")]
+    logits = [model(input_ids=torch.tensor([[1, 2, 3]])).logits for model in models]
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5)
+
+
+def test_what_of_adapters_and_quantisation_cannot_be_sharded_is_refused_by_name(tmp_path):
+    network(tiny_gpt2(width=64)).save_pretrained(tmp_path)
+    lora, ada = {"peft_type": "LORA"}, {"peft_type": "ADALORA", "total_step": 9, "tinit": 1, "tfinal": 1}
+    for arguments in (
+        {"policy": ModelSpec(tmp_path, adapter=lora, quantization="nf4")},
+        {"policy": ModelSpec(tmp_path), "reference": ModelSpec(tmp_path, quantization="nf4")},
+    ):
+        with pytest.raises(ValueError, match=r"`quantization` cannot be sharded.*`Trainer\(strategy='ddp'\)`"):
+            fit(module_of(PPOModule, kl_coef=0.05, **arguments), strategy="rlhf_fsdp2")
+    with pytest.raises(ValueError, match="`adapter` of type ADALORA ranks single weights.* use LORA, or `Trainer"):
+        fit(module_of(PPOModule, ModelSpec(tmp_path, adapter=ada)), strategy="rlhf_fsdp2")
 
 
 def test_a_module_that_was_built_before_is_sharded_when_it_is_trained():

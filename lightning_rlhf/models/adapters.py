@@ -1,0 +1,274 @@
+"""Small matrices beside frozen weights: adapters of PEFT, in the layers of a model."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_rlhf.models.adapter_configs import AdapterLike, adapter_config, beginning_at_nothing, changes_model
+from lightning_rlhf.models.export import plain_model
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+TRAINED, REFERENCE = "default", "reference"
+"""What PEFT knows the adapter by that learns, and a frozen one beside it."""
+
+_UPSTREAM = (
+    "fan_in_fan_out is set to False but the target module is `Conv1D`",  # which PEFT then mends by itself
+    "`is_gradient_checkpointing` is deprecated",  # between PEFT and transformers
+)
+"""Warnings of PEFT that say nothing to whoever trains."""
+
+
+class Adapters:
+    """The adapters of a model.
+
+    PEFT puts its layers into the model in place. Its wrapper stays here, outside of the module tree: the model keeps
+    its class, its forward and the names of its blocks.
+
+    Args:
+        model: Changed in place: its own weights are frozen, and the adapter trains.
+        adapter: A config of PEFT, its fields, or the folder or name of an adapter that was trained before.
+
+    Attributes:
+        was_trained: Whether it was trained before.
+        updates: That were made with a rank that is being reduced (AdaLoRA).
+    """
+
+    def __init__(self, model: PreTrainedModel, adapter: AdapterLike) -> None:
+        from peft import PeftModel, get_peft_model
+
+        config = adapter_config(adapter)
+        own = {id(parameter) for parameter in model.parameters()}
+        self.model = model
+        self.was_trained = isinstance(adapter, str | os.PathLike)
+        with _reading(adapter):
+            if isinstance(adapter, str | os.PathLike):
+                name = os.fspath(adapter)
+                self.peft = PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu")
+            else:
+                self.peft = get_peft_model(model, config)
+        self.updates = 0
+        self._check(own)
+
+    def _check(self, own: set[int]) -> None:
+        """Refuses what the model could not be had back from, or would not take along."""
+        kind = self.peft.peft_config[TRAINED].peft_type.value
+        inside = {id(tensor) for tensor in [*self.model.parameters(), *self.model.buffers()]}
+        if any(id(tensor) not in inside for tensor in [*self.peft.parameters(), *self.peft.buffers()]):
+            raise ValueError(
+                f"`adapter` of type {kind} keeps weights outside of the layers that it adapts, where nothing would "
+                "save, move or shard them: use one that does not, such as LORA."
+            )
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and id(parameter) in own:
+                raise ValueError(
+                    f"`adapter` trains `{name}`, a weight of the model itself, which could then not be had back by "
+                    "switching the adapter off: set its `bias='none'`, and name whole layers in `modules_to_save`."
+                )
+
+    @property
+    def config(self) -> PeftConfig:
+        """Of the adapter that trains."""
+        return self.peft.peft_config[TRAINED]
+
+    @property
+    def allocates(self) -> bool:
+        """Whether ranks are taken away during training (AdaLoRA)."""
+        return hasattr(self.peft.base_model, "rankallocator")
+
+    # --- which one is on ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Switches to another adapter for a while, or to none.
+
+        PEFT lets an adapter train as soon as it is on, and no other: what trained before is put back afterwards.
+
+        Args:
+            name: Of the adapter; None for the model alone.
+        """
+        with self._same_flags():
+            if name is None:
+                self.peft.base_model.disable_adapter_layers()
+            else:
+                self.peft.set_adapter(name)
+            try:
+                yield
+            finally:
+                if name is None:
+                    self.peft.base_model.enable_adapter_layers()
+                else:
+                    self.peft.set_adapter(TRAINED)
+
+    @contextmanager
+    def _same_flags(self) -> Iterator[None]:
+        """Puts back whether parameters train; those that come in between do not."""
+        flags = {id(parameter): parameter.requires_grad for parameter in self.model.parameters()}
+        try:
+            yield
+        finally:
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(flags.get(id(parameter), False))
+
+    def keep(self) -> None:
+        """Puts a frozen copy of the adapter, as it is now, beside it."""
+        state = self.state()
+        with self._same_flags(), _reading(None):
+            self.peft.add_adapter(REFERENCE, beginning_at_nothing(self.config, inference_mode=True))
+            self._load(self.peft, state, REFERENCE)
+            self.peft.set_adapter(TRAINED)
+
+    def load(self, folder: str | os.PathLike[str]) -> bool:
+        """Puts another adapter, frozen, beside the one that trains.
+
+        Args:
+            folder: Of the adapter, or its name.
+
+        Returns:
+            Whether that can be: PEFT puts two in the same layers only if they are of one type.
+        """
+        other = adapter_config(folder)
+        if other.peft_type != self.config.peft_type or changes_model(other) or changes_model(self.config):
+            return False
+        with self._same_flags(), _reading(folder):
+            self.peft.load_adapter(os.fspath(folder), REFERENCE, is_trainable=False, torch_device="cpu")
+            self.peft.set_adapter(TRAINED)
+        return True
+
+    # --- ranks that are taken away ------------------------------------------------------------------------------
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Lets AdaLoRA take ranks away after every update.
+
+        Args:
+            optimizer: Of the adapter's parameters.
+        """
+        if self.allocates:
+            optimizer.register_step_post_hook(lambda *_: self._allocate())
+
+    def _allocate(self) -> None:
+        if any(p.grad is None for p in self.model.parameters() if p.requires_grad):
+            return  # the model rests
+        self.updates += 1
+        self.peft.base_model.update_and_allocate(self.updates)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights; nothing but for AdaLoRA."""
+        if not self.allocates:
+            return {}
+        allocator = self.peft.base_model.rankallocator
+        moments = {name: dict(getattr(allocator, name)) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+        return {"updates": self.updates, "rank_pattern": self.config.rank_pattern, "moments": moments}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes it back.
+
+        Args:
+            state: From :meth:`state_dict`.
+        """
+        if not self.allocates or not state:
+            return
+        self.updates, self.config.rank_pattern = state["updates"], state["rank_pattern"]
+        places = dict(self.model.named_parameters())
+        for name, moments in state["moments"].items():
+            values = {n: value.to(places[n].device) for n, value in moments.items()}
+            setattr(self.peft.base_model.rankallocator, name, values)
+
+    # --- saving -------------------------------------------------------------------------------------------------
+
+    def state(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The weights of the adapter that trains, under the names that PEFT saves.
+
+        Args:
+            weights: All weights of the model, where they are sharded.
+
+        Returns:
+            Copies.
+        """
+        from peft import get_peft_model_state_dict
+
+        if weights is not None:
+            weights = {f"base_model.model.{name}": weight for name, weight in weights.items()}
+        with self._whole_ranks():
+            state = get_peft_model_state_dict(self.peft, weights, TRAINED, save_embedding_layers=False)
+        return {name: weight.detach().cpu().clone() for name, weight in state.items()}
+
+    def save(self, folder: str, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Writes the adapter alone, as PEFT does.
+
+        Args:
+            folder: Where to.
+            weights: All weights of the model, where they are sharded.
+        """
+        if weights is not None:
+            weights = {f"base_model.model.{name}": weight for name, weight in weights.items()}
+        with self._whole_ranks():
+            self.peft.save_pretrained(
+                folder, selected_adapters=[TRAINED], state_dict=weights, save_embedding_layers=False
+            )
+
+    @contextmanager
+    def _whole_ranks(self) -> Iterator[None]:
+        """Keeps the ranks that AdaLoRA has set to 0, without which PEFT would not read the adapter again as it was."""
+        config: Any = self.config
+        pattern = getattr(config, "rank_pattern", None)
+        if self.allocates:
+            config.rank_pattern = None
+        try:
+            yield
+        finally:
+            if self.allocates:
+                config.rank_pattern = pattern
+
+    def merged(self, weights: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
+        """A second model, in whose weights the adapter is; quantised layers are plain ones in it.
+
+        Args:
+            weights: All weights of the model, where they are sharded.
+
+        Returns:
+            The model, on the CPU.
+        """
+        from peft import get_peft_model
+
+        second = plain_model(self.model, self.model.state_dict() if weights is None else weights)
+        state = self.state(weights)
+        with _reading(None):
+            peft = get_peft_model(second, beginning_at_nothing(self.config))
+            self._load(peft, state, TRAINED)
+        return peft.merge_and_unload()
+
+    @staticmethod
+    def _load(peft: Any, state: Mapping[str, Tensor], name: str) -> None:
+        from peft import set_peft_model_state_dict
+
+        result = set_peft_model_state_dict(peft, dict(state), adapter_name=name)
+        assert not result.unexpected_keys
+
+
+@contextmanager
+def _reading(adapter: Any) -> Iterator[None]:
+    """Leaves out what PEFT says to itself, and makes an error of weights that are missing.
+
+    Args:
+        adapter: What is read, for the error.
+    """
+    with warnings.catch_warnings():
+        for message in _UPSTREAM:
+            warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            yield
+        except (UserWarning, RuntimeError) as error:
+            if "missing adapter keys" not in str(error) and "size mismatch" not in str(error):
+                raise
+            raise ValueError(f"`adapter={str(adapter)!r}` is not of this model: {str(error).strip()[:300]}") from error
