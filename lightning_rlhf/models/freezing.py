@@ -37,7 +37,8 @@ def freeze(decoder: Decoder, num_layers_unfrozen: int) -> None:
     for top in decoder.blocks.top(num_layers_unfrozen) if num_layers_unfrozen else ():
         for parameter in decoder.model.get_submodule(top).parameters():
             parameter.requires_grad_(parameter is not embedding and parameter.is_floating_point())
-    if 0 < num_layers_unfrozen < len(decoder.blocks.blocks):
+    has_below = decoder.has_encoder or num_layers_unfrozen < len(decoder.blocks.blocks)
+    if num_layers_unfrozen > 0 and has_below:
         branch = len(decoder.blocks.blocks) - num_layers_unfrozen
         _keep_trunk(decoder, Trunk(decoder.blocks.blocks[:branch], decoder.blocks.blocks[branch]))
 

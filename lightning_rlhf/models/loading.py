@@ -67,22 +67,20 @@ class ModelSpec:
         return {**asdict(self), "model": os.fspath(self.model)} if self.is_named else None
 
     def load(self) -> PreTrainedModel:
-        """Builds or reads the decoder-only model.
+        """Builds or reads the model, decoder-only or encoder-decoder as its config says.
 
         Returns:
             The model in evaluation mode, as transformers leaves it.
 
         Raises:
-            ValueError: If the folder is missing or the model is an encoder-decoder.
+            ValueError: If the folder is missing, or the model has no head that writes.
             TypeError: If it is no model at all.
         """
         from transformers import PretrainedConfig, PreTrainedModel
 
         if isinstance(self.model, PreTrainedModel):
-            _check_decoder(type(self.model).__name__, self.model.config)
             model = copy.deepcopy(self.model).to(self._torch_dtype())
         elif isinstance(self.model, PretrainedConfig):
-            _check_decoder(type(self.model).__name__, self.model)
             model = self._from_config(copy.deepcopy(self.model))
         elif self.is_named:
             model = self._from_name(os.fspath(self.model))
@@ -92,27 +90,28 @@ class ModelSpec:
             )
         if model.get_output_embeddings() is None:
             raise ValueError(
-                f"`model={type(model).__name__}` has no language-modelling head: load it as ...ForCausalLM."
+                f"`model={type(model).__name__}` has no language-modelling head: load it as ...ForCausalLM, or "
+                "as ...ForConditionalGeneration where it has an encoder."
             )
         return model
 
     def _from_config(self, config: PretrainedConfig) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM
-
         options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
-        return AutoModelForCausalLM.from_config(
-            config, dtype=self._torch_dtype(), trust_remote_code=self.trust_remote_code, **options
-        ).eval()
+        return (
+            _auto_class(config)
+            .from_config(config, dtype=self._torch_dtype(), trust_remote_code=self.trust_remote_code, **options)
+            .eval()
+        )
 
     def _from_name(self, name: str) -> PreTrainedModel:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         _check_folder(name)
         source = {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
         config = AutoConfig.from_pretrained(name, **source)
-        _check_decoder(name, config)
         options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
-        return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=self._torch_dtype(), **source, **options)
+        dtype = self._torch_dtype()
+        return _auto_class(config).from_pretrained(name, config=config, dtype=dtype, **source, **options)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies beside the weights.
@@ -151,10 +150,11 @@ def _check_folder(name: str) -> None:
         raise ValueError(f"`model={name!r}` looks like a folder, and there is none: check the path.")
 
 
-def _check_decoder(name: str, config: PretrainedConfig) -> None:
-    """Looks before loading: transformers would make half a model of BART's encoder-decoder, and say little."""
-    if config.is_encoder_decoder:
-        raise ValueError(f"`model={name}` is an encoder-decoder: only decoder-only models are supported so far.")
+def _auto_class(config: PretrainedConfig) -> Any:
+    """What loads such a model whole: the other class would make half a model of BART's encoder-decoder."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def load_tokenizer(tokenizer: Any, spec: ModelSpec) -> PreTrainedTokenizerBase:
