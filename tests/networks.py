@@ -244,6 +244,7 @@ ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {
 _T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
 _T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "decoder_start_token_id": PAD}
 _BART = {"d_model": 16, "decoder_start_token_id": EOS, "max_position_embeddings": POSITIONS}
+_BART |= {"forced_eos_token_id": None}  # transformers would end with it what is cut off
 for _side in ("encoder", "decoder"):
     _BART |= {f"{_side}_layers": 2, f"{_side}_attention_heads": 2, f"{_side}_ffn_dim": 32}
 

@@ -96,7 +96,7 @@ def reference_of(policy: Policy, is_named: bool) -> Reference:
         Copies of what trains where the trunk is frozen and can be shared, else a full copy.
     """
     decoder = policy.decoder
-    if all(parameter.requires_grad for parameter in decoder.parameters()):
+    if decoder.model.get_input_embeddings().weight.requires_grad:  # which is frozen before anything else is
         return Reference.copied_from(policy, is_named)
     top = FrozenTop(decoder)
     if top.stands_in(decoder):
