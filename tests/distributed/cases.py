@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lightning_rlhf import ConversationDataModule, GRPOModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
 from lightning_rlhf.batches import PromptBatch
@@ -24,7 +24,7 @@ from lightning_rlhf.callbacks import ResponseWriter
 from lightning_rlhf.data.tokens import padded
 from lightning_rlhf.models.weights import whole, whole_state
 from lightning_rlhf.modules.ranks import rank, world_size
-from tests.networks import bigram, network, tiny_gpt2, word_tokenizer
+from tests.networks import ENCODER_DECODERS, bigram, network, tiny_gpt2, word_tokenizer
 from tests.training import Seen, bare_trainer
 
 PROMPTS = ["a b c", "d", "e f", "b a a c", "c", "f e d", "b b", "a"]
@@ -42,6 +42,14 @@ def early_letters(prompts, responses):
 def policy_of(num_layers_unfrozen: int = -1, layers: int = 3) -> ModelSpec:
     """A GPT-2 with random weights, the same on all processes."""
     return ModelSpec(tiny_gpt2(LETTERS, layers=layers, initializer_range=0.3), num_layers_unfrozen=num_layers_unfrozen)
+
+
+def t5(num_layers_unfrozen: int = -1, layers: int = 2) -> ModelSpec:
+    """An encoder-decoder with random weights, likewise."""
+    special = {"vocab_size": LETTERS, "eos_token_id": LETTERS - 2, "bos_token_id": LETTERS - 2}
+    special |= {"pad_token_id": LETTERS - 1, "decoder_start_token_id": LETTERS - 1}
+    config = ENCODER_DECODERS["t5"](num_decoder_layers=layers, initializer_factor=3.0, **special)
+    return ModelSpec(config, num_layers_unfrozen=num_layers_unfrozen)
 
 
 def online(cls: type, policy: Any = None, **arguments: Any) -> Any:
@@ -65,6 +73,8 @@ ALGORITHMS: dict[str, Any] = {
     "ppo_loss": functools.partial(online, PPOModule, kl_in="loss", kl_estimator="k2", averaging="responses"),
     "grpo": functools.partial(online, GRPOModule, group_size=3, micro_batch_size=2),
     "grpo_hydra": lambda **more: online(GRPOModule, policy_of(2, layers=6), group_size=4, divide_by_std=False, **more),
+    "ppo_t5": lambda **more: online(PPOModule, t5(), micro_batch_size=2, **more),
+    "grpo_t5_hydra": lambda **more: online(GRPOModule, t5(1, layers=3), group_size=3, **more),
     # Scores of two or three values: in many groups all are equal, and nothing else has a gradient.
     "grpo_silent": functools.partial(
         online, GRPOModule, group_size=2, kl_coef=0.0, reward_clip=0.01, averaging="tokens", micro_batch_size=1
@@ -156,6 +166,8 @@ ppo_loss = functools.partial(learns, "ppo_loss")
 grpo = functools.partial(learns, "grpo")
 grpo_silent = functools.partial(learns, "grpo_silent")
 grpo_hydra = functools.partial(learns, "grpo_hydra")
+ppo_t5 = functools.partial(learns, "ppo_t5")
+grpo_t5_hydra = functools.partial(learns, "grpo_t5_hydra")
 
 
 def sft(strategy: str, folder: Path) -> dict[str, Any]:
@@ -296,15 +308,19 @@ def gathered(strategy: str, folder: Path) -> list[int]:
     return counts
 
 
-def exported(strategy: str, folder: Path) -> float:
+def exported_by(policy: Any, auto: Any, strategy: str, folder: Path) -> float:
     """How far a folder's weights are from those that were sharded."""
-    module = online(PPOModule, policy_of(2))
+    module = online(PPOModule, policy())
     trainer_of(strategy, max_epochs=1).fit(module, datamodule=PromptDataModule(PROMPTS, batch_size=4))
     module.save_pretrained(folder / "out")
     dist.barrier()
-    saved = AutoModelForCausalLM.from_pretrained(folder / "out").state_dict()
+    saved = auto.from_pretrained(folder / "out").state_dict()
     own = whole_state(module.policy.decoder.model)
     return max(float((saved[name] - weight).abs().max()) for name, weight in own.items())
+
+
+exported = functools.partial(exported_by, functools.partial(policy_of, 2), AutoModelForCausalLM)
+exported_t5 = functools.partial(exported_by, t5, AutoModelForSeq2SeqLM)
 
 
 class TellTheSecond(Callback):
@@ -405,6 +421,8 @@ SAME = [
     "grpo",
     "grpo_hydra",
     "grpo_silent",
+    "ppo_t5",
+    "grpo_t5_hydra",
     "sft",
     "unlike_objects",
     "unlike_lengths",
@@ -426,5 +444,5 @@ OF_TWO = [
 ]
 """Cases that only processes together have."""
 
-ONLY = {"ddp": ["added_up"], "rlhf_fsdp2": ["gathered", "exported"]}
+ONLY = {"ddp": ["added_up"], "rlhf_fsdp2": ["gathered", "exported", "exported_t5"]}
 """Cases that only one strategy has."""

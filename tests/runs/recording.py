@@ -19,7 +19,6 @@ from tests.training import bare_trainer, module_of, sft
 
 PROMPTS = ["a b c", "d", "e f", "b a a c", "c", "f e d", "b"]  # three batches of three, the last of one
 TEXTS = ["a b c d", "b c", "c d e f g", "h", "k l m", "n o p q r s", "t u"]
-PAIRS = [{"prompt": text, "response": text[::-1]} for text in TEXTS]
 adamw = functools.partial(torch.optim.AdamW, lr=1e-2)
 SCHEDULE = {"optimizer": adamw, "lr_scheduler": "linear", "warmup_updates": 4}
 
@@ -134,7 +133,6 @@ CASES = {
     "grpo": Case(GRPOModule, arguments={**ONLINE, "group_size": 3}),
     "sft": Case(SFTModule, ConversationDataModule, TEXTS),
     "ppo_t5": Case(PPOModule, arguments={**ONLINE, "policy": t5(), "minibatch_size": 4}),
-    "sft_t5": Case(SFTModule, ConversationDataModule, PAIRS, arguments={"policy": t5()}),
     "sft_accumulating": Case(SFTModule, ConversationDataModule, TEXTS, flags={"accumulate_grad_batches": 2}),
 }
 
