@@ -73,8 +73,9 @@ class Rollouts(PromptBatch):
         kept_mass: Probability of what top-k, top-p and min-new-tokens left to draw from.
         importance: Where ``old_logprobs`` are not the sampler's: a token's probability under them over that when it was
             drawn, cut off at a cap. It is what the token counts in the loss.
-        trunk: What the lowest block that trains reads, at all tokens but the last, of prompt and response; None where
-            nothing is frozen, or nothing is kept.
+        trunk: What the lowest block that trains reads, at all tokens but the last, of prompt and response. Of a prompt
+            that an encoder reads it is what that makes of it, and between the two lies what a response begins with.
+            None where nothing is frozen, or nothing is kept.
     """
 
     response_tokens: Int[Tensor, "batch response"]
@@ -103,7 +104,8 @@ class Rollouts(PromptBatch):
             if not isinstance(value, Tensor) or value.dim() < 2:
                 return value
             if name == "trunk":
-                return value[:, self.prompt_tokens.shape[1] - prompt :][:, : prompt + response - 1]
+                width = value.shape[1] - (self.response_tokens.shape[1] - response)
+                return value[:, self.prompt_tokens.shape[1] - prompt : width]
             return value[:, -prompt:] if name.startswith("prompt") else value[:, :response]
 
         return type(self)(**{f.name: trim(f.name, getattr(self, f.name)) for f in fields(self)})

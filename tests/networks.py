@@ -68,18 +68,21 @@ def network(config: PretrainedConfig, seed: int = 0, spread: float = 3.0) -> Pre
 
     Every weight but those of norms is drawn anew; in evaluation mode, single precision.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = auto.from_config(config, dtype=torch.float32).eval()
         for name, parameter in model.named_parameters():
             if "norm" not in name and "ln_" not in name and parameter.dim() == 2:
                 parameter.normal_(std=0.3)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        logits = model(input_ids=torch.randint(vocabulary, (4, 8))).logits
+        tokens = torch.randint(vocabulary, (4, 8))
+        more = {"decoder_input_ids": tokens} if config.is_encoder_decoder else {}
+        logits = model(input_ids=tokens, **more).logits
         model.get_output_embeddings().weight.mul_(spread / logits.std())
     return model
 
@@ -126,6 +129,9 @@ class Scripted:
 
     def check_padding(self, prompt_mask: Tensor) -> None:
         pass
+
+    def begin(self, prompt_tokens: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, None]:
+        return prompt_tokens, prompt_mask, None
 
     def next_token(self, tokens: Tensor, mask: Tensor, cache: Any) -> NextToken:
         assert cache is None
@@ -234,6 +240,24 @@ ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {
     "mamba": _config("Mamba", hidden_size=16, num_hidden_layers=2),
 }
 """Tiny decoder-only networks with the special ids of :func:`word_tokenizer`: ten usual ones, four more, three odd."""
+
+_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+_T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "decoder_start_token_id": PAD}
+_BART = {"d_model": 16, "decoder_start_token_id": EOS, "max_position_embeddings": POSITIONS}
+_BART |= {"forced_eos_token_id": None}  # transformers would end with it what is cut off
+for _side in ("encoder", "decoder"):
+    _BART |= {f"{_side}_layers": 2, f"{_side}_attention_heads": 2, f"{_side}_ffn_dim": 32}
+
+ENCODER_DECODERS: dict[str, Callable[..., PretrainedConfig]] = {
+    "t5": _config("T5", **_T5),
+    "t5_gated": _config("T5", **_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "mt5": _config("MT5", **_T5),
+    "bart": _config("Bart", **_BART),
+    "mbart": _config("MBart", **_BART),
+    "pegasus": _config("Pegasus", **_BART),
+    "marian": _config("Marian", **_BART),
+}
+"""Tiny encoder-decoders with the same ids; what is written begins behind `<pad>` or `<eos>`."""
 
 USUAL = list(ARCHITECTURES)[:10]
 MORE = list(ARCHITECTURES)[10:14]

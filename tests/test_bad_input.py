@@ -248,9 +248,9 @@ def test_a_model_without_a_name_needs_a_tokenizer(policy):
 
 
 def test_what_is_no_decoder():
-    with complains("is an encoder-decoder: only decoder-only models are supported so far."):
+    with complains("`policy=T5ForConditionalGeneration` has no start token, behind which a response would begin: set "):
         ppo(T5Config(d_model=8, num_layers=1, num_heads=1, d_ff=8)).configure_model()
-    with complains("`model=GPT2Model` has no language-modelling head: load it as ...ForCausalLM."):
+    with complains("`model=GPT2Model` has no language-modelling head: load it as ...ForCausalLM, or as "):
         ppo(GPT2Model(tiny_gpt2())).configure_model()
     with complains("`model=3` must be a hub name, a folder, a transformers config or a PreTrainedModel.", TypeError):
         ppo(3).configure_model()

@@ -46,6 +46,9 @@ class RLHFDataModule(L.LightningDataModule, ABC):
     Attributes:
         tokenizer: Of the module that is trained, which sets it; or set it yourself.
         max_tokens: How long a row may be, in tokens; the module sets it, None is no limit.
+        has_encoder: Whether the model reads prompts with an encoder; the module sets it. Prompts then have the special
+            tokens at their end too that the tokenizer puts there, and ``max_tokens`` is theirs alone.
+        max_response_tokens: How long a response may then be; the module sets it, None is no limit.
     """
 
     argument: str  # what the user calls the training data, for errors
@@ -71,6 +74,8 @@ class RLHFDataModule(L.LightningDataModule, ABC):
         self.num_workers = num_workers
         self.tokenizer: Any = None
         self.max_tokens: int | None = None
+        self.has_encoder = False
+        self.max_response_tokens: int | None = None
         self.cursor = Cursor()
         self._settled = Cursor()  # the place behind which everything is in the weights
         self._due = 0  # batches that training has finished once the last one that was read is
@@ -205,17 +210,22 @@ class RLHFDataModule(L.LightningDataModule, ABC):
         """Goes back to a saved place."""
         self.cursor.epoch, self.cursor.position = state_dict["epoch"], state_dict["position"]
 
-    def check_length(self, length: int, what: str) -> None:
+    def check_length(self, prompt: int, response: int, what: str) -> None:
         """Refuses a row that the model cannot read.
 
         Args:
-            length: In tokens.
+            prompt: Its tokens.
+            response: Likewise; 0 where there is none yet.
             what: The row, for the error.
 
         Raises:
             ValueError: If it is too long.
         """
-        if self.max_tokens is not None and length > self.max_tokens:
-            raise ValueError(
-                f"{what} has {length} tokens, and the model has room for {self.max_tokens}: shorten it or leave it out."
-            )
+        parts = [(prompt + response, self.max_tokens, "tokens")]
+        if self.has_encoder:
+            parts = [(prompt, self.max_tokens, "tokens"), (response, self.max_response_tokens, "tokens of response")]
+        for length, room, tokens in parts:
+            if room is not None and length > room:
+                raise ValueError(
+                    f"{what} has {length} {tokens}, and the model has room for {room}: shorten it or leave it out."
+                )

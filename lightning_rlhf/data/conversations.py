@@ -86,14 +86,18 @@ class ConversationDataModule(RLHFDataModule):
         """Tokens of the prompt and of what is learnt; of a text the first token is not, since nothing precedes it."""
         try:
             if "text" in row:
+                if self.has_encoder:
+                    raise ValueError(
+                        "`text` has no prompt, which the model's encoder would read: give 'prompt' and 'response'."
+                    )
                 ids = prompt_ids(row["text"], self.tokenizer)
                 prompt, response = ids[:1], ended(ids[1:], self.tokenizer)
             else:
-                prompt = prompt_ids(row["prompt"], self.tokenizer)
-                response = response_ids(row["response"], self.tokenizer)
+                prompt = prompt_ids(row["prompt"], self.tokenizer, self.has_encoder)
+                response = response_ids(row["response"], self.tokenizer, self.has_encoder)
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
-        self.check_length(len(prompt) + len(response), what)
+        self.check_length(len(prompt), len(response), what)
         return prompt, response
 
     def collate(self, items: Sequence[tuple[list[int], list[int]]]) -> ImitationBatch:

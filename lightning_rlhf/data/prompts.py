@@ -64,10 +64,10 @@ class PromptDataModule(RLHFDataModule):
     def tokenized(self, row: Row, what: str) -> tuple[list[int], Row]:
         """The prompt's tokens, and the row."""
         try:
-            ids = prompt_ids(row["prompt"], self.tokenizer)
+            ids = prompt_ids(row["prompt"], self.tokenizer, self.has_encoder)
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
-        self.check_length(len(ids), what)
+        self.check_length(len(ids), 0, what)
         return ids, row
 
     def collate(self, items: Sequence[tuple[list[int], Row]]) -> PromptBatch:
@@ -76,13 +76,14 @@ class PromptDataModule(RLHFDataModule):
         return _batch([ids for ids, _ in items], [row["prompt"] for _, row in items], metadata, self.tokenizer)
 
 
-def as_prompt_batch(batch: Any, tokenizer: Any) -> Any:
+def as_prompt_batch(batch: Any, tokenizer: Any, has_encoder: bool = False) -> Any:
     """Makes tokens of prompts that a loader yields as text.
 
     Args:
         batch: A list of strings or of chat messages, or a dict of lists with the key ``prompt``, whose other keys go to
             the reward, as torch collates rows; or anything else.
         tokenizer: Of the policy.
+        has_encoder: Whether an encoder reads them.
 
     Returns:
         The prompts, ready to be answered; anything else as it is.
@@ -92,7 +93,8 @@ def as_prompt_batch(batch: Any, tokenizer: Any) -> Any:
     if not isinstance(prompts, list | tuple) or not all(isinstance(item, str) or is_chat(item) for item in prompts):
         return batch
     metadata = {key: values.tolist() if hasattr(values, "tolist") else list(values) for key, values in columns.items()}
-    return _batch([prompt_ids(prompt, tokenizer) for prompt in prompts], list(prompts), metadata, tokenizer)
+    ids = [prompt_ids(prompt, tokenizer, has_encoder) for prompt in prompts]
+    return _batch(ids, list(prompts), metadata, tokenizer)
 
 
 def _batch(ids: list[list[int]], prompts: list[Any], metadata: dict[str, list[Any]], tokenizer: Any) -> PromptBatch:

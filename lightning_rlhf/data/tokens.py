@@ -12,13 +12,14 @@ from torch import Tensor
 from lightning_rlhf.data.formats import is_chat
 
 
-def prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
+def prompt_ids(prompt: Any, tokenizer: Any, has_encoder: bool = False) -> list[int]:
     """Tokens of a prompt, ready for a response to follow.
 
     Args:
         prompt: A string, which is tokenised with the special tokens that the tokenizer puts before a text; or chat
             messages, which go through its chat template.
         tokenizer: Of the policy.
+        has_encoder: Whether an encoder reads the prompt, all of it, with what the tokenizer puts at its end as well.
 
     Returns:
         At least one token.
@@ -38,7 +39,7 @@ def prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
             f"`prompt={prompt!r}` must be a string, or a list of chat messages with the keys 'role' and 'content'."
         )
     ids = list(tokenizer(prompt)["input_ids"])
-    if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+    if not has_encoder and ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
         ids.pop()  # some tokenizers end every text, and a prompt goes on
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
@@ -50,17 +51,19 @@ def prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
     return ids
 
 
-def response_ids(response: str, tokenizer: Any) -> list[int]:
+def response_ids(response: str, tokenizer: Any, has_encoder: bool = False) -> list[int]:
     """Tokens of a response, the EOS that ends it included.
 
     Args:
         response: What is to be written.
         tokenizer: Of the policy.
+        has_encoder: Whether an encoder read the prompt, as where a translator has one vocabulary for each language.
 
     Returns:
         The tokens.
     """
-    return ended(tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer)
+    text = {"text_target" if has_encoder else "text": response}
+    return ended(tokenizer(**text, add_special_tokens=False)["input_ids"], tokenizer)
 
 
 def ended(ids: Sequence[int], tokenizer: Any) -> list[int]:

@@ -105,8 +105,9 @@ class DecodeLoop:
 
         rows = torch.arange(batch, device=device)  # which rows are still in the batch
         alive = torch.ones(batch, dtype=torch.bool, device=device)  # which of those have not ended
-        text = _Text(torch.where(prompt_mask, prompt_tokens, 0), prompt_mask)
-        step = self._read(text, None)
+        tokens, mask, cache = self.policy.begin(torch.where(prompt_mask, prompt_tokens, 0), prompt_mask)
+        text = _Text(tokens, mask)
+        step = self._read(text, cache)
         if group_size > 1:
             text.repeat(group_size)
             step = step.repeated(group_size)
@@ -141,7 +142,9 @@ class DecodeLoop:
         return out.decoded(self.with_final_values, trunk)
 
     def _read(self, text: _Text, cache: Any) -> NextToken:
-        return self.policy.next_token(text.tokens if cache is None else text.tokens[:, -1:], text.mask, cache)
+        # What an encoder made of the prompt is no past of the response.
+        has_past = getattr(cache, "past", cache) is not None
+        return self.policy.next_token(text.tokens[:, -1:] if has_past else text.tokens, text.mask, cache)
 
     def _forbidden(self, t: int, logits: Tensor) -> Tensor | None:
         if t >= self.sampling.min_new_tokens:

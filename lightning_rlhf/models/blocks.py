@@ -36,13 +36,14 @@ class Blocks:
         return self.blocks[len(self.blocks) - count :] + self.after
 
 
-def find_blocks(model: nn.Module, layers: int, run: Callable[[], Any]) -> Blocks | None:
+def find_blocks(model: nn.Module, layers: int, run: Callable[[], Any], within: str = "") -> Blocks | None:
     """Watches a forward pass for the list of modules that are called one after the other, once each.
 
     Args:
         model: Whose pass it is.
         layers: How many blocks there are.
         run: Makes the pass.
+        within: Name of the part of the model in which they lie.
 
     Returns:
         The blocks; None where no list of ``layers`` modules is called so.
@@ -50,7 +51,7 @@ def find_blocks(model: nn.Module, layers: int, run: Callable[[], Any]) -> Blocks
     began, ended = _times(model, run)
     candidates = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers:
+        if isinstance(module, nn.ModuleList) and len(module) == layers and name.startswith(within):
             names = tuple(f"{name}.{i}" for i in range(layers))
             starts = [time for block in names for time in began[block]]
             if len(starts) == layers and starts == sorted(starts) and all(len(began[block]) == 1 for block in names):
@@ -97,3 +98,33 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
     finally:
         for (parent, child), original in zip(places, originals, strict=True):
             parent._modules[child] = original
+
+
+@contextmanager
+def hooked(module: nn.Module, hook: Any) -> Iterator[None]:
+    """Calls a hook before a module's forward.
+
+    Args:
+        module: Any module.
+        hook: As torch calls it.
+    """
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def instead(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Lets a module do something else when it is called; its hooks, a shard's among them, run all the same.
+
+    Args:
+        module: Any module.
+        forward: What it does.
+    """
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward

@@ -21,6 +21,7 @@ def give_room(cache: Any) -> None:
     Args:
         cache: Of transformers; layers of other kinds than its plain dynamic one are left as they are.
     """
+    cache = getattr(cache, "self_attention_cache", cache)  # that of the prompt does not grow
     layers = getattr(cache, "layers", [])
     for i, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.is_initialized:

@@ -1,11 +1,9 @@
-"""One way to call any decoder-only model of transformers, found out by trying rather than by name."""
+"""One way to call any language model of transformers, found out by trying rather than by name."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,48 +13,17 @@ from torch import Tensor, nn
 from lightning_rlhf.functional.head import head_logprobs
 from lightning_rlhf.functional.logprobs import response_logprobs
 from lightning_rlhf.models.adapters import Adapters
-from lightning_rlhf.models.blocks import Blocks
-from lightning_rlhf.models.reading import Reading, positions_of
+from lightning_rlhf.models.blocks import Blocks, find_blocks, hooked, instead
+from lightning_rlhf.models.outputs import DecoderOutput, Said
+from lightning_rlhf.models.reading import Reading, Responses, padded, positions_of, unpadded
 from lightning_rlhf.models.trunk import Trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(slots=True)
-class DecoderOutput:
-    """What a model says about the positions that were asked for.
-
-    Attributes:
-        logits: As the model gives them, soft caps and all.
-        states: What its language-modelling head read.
-        cache: Keys and values so far, or None where the model keeps none.
-        trunk: What the lowest block that trains read, at all positions; None where nothing is kept.
-    """
-
-    logits: Float[Tensor, "batch positions vocabulary"]
-    states: Float[Tensor, "batch positions width"]
-    cache: Any = None
-    trunk: Float[Tensor, "batch new trunk"] | None = None
-
-
-@dataclass(slots=True)
-class Said:
-    """What a model says of tokens; in the shape of a reading's targets.
-
-    Attributes:
-        logprobs: Of the tokens.
-        entropy: Of the distributions that they were drawn from, in nats.
-        states: That predict them.
-    """
-
-    logprobs: Float[Tensor, ...]
-    entropy: Float[Tensor, ...]
-    states: Float[Tensor, "... width"]
-
-
 class Decoder(nn.Module):
-    """A decoder-only model, whatever its arguments are called.
+    """A decoder-only model, whatever its arguments are called; and what every language model has in common.
 
     Args:
         model: Any ``...ForCausalLM`` of transformers.
@@ -70,10 +37,14 @@ class Decoder(nn.Module):
         shares: Whether it may then read a prompt once that several rows have: not where dropout is to differ.
         is_compiled: Whether its blocks are compiled, for passes that train.
         blocks: Where it can be cut; None where that is not known.
+        encoder_blocks: Names of an encoder's blocks.
         trunk: The frozen blocks below those that train, whose work can be kept; None where there are none, or where
             the model cannot begin in its middle.
         adapters: What trains in its layers, if it was given some.
     """
+
+    has_encoder = False
+    """Whether prompts are read by an encoder, and only responses by the decoder."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -84,6 +55,7 @@ class Decoder(nn.Module):
         self.chooses = True
         self.is_plain = self.unpads = self.shares = self.is_compiled = False
         self.blocks: Blocks | None = None
+        self.encoder_blocks: tuple[str, ...] = ()
         self.trunk: Trunk | None = None
         self.adapters: Adapters | None = None
 
@@ -97,6 +69,41 @@ class Decoder(nn.Module):
         """How many tokens a row may have, prompt and response together; None if the config names no limit."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return None if limit is None or limit < 0 else limit  # XLNet's -1 is no limit
+
+    def prompt_room(self, max_new_tokens: int) -> int | None:
+        """How many tokens a prompt may have.
+
+        Args:
+            max_new_tokens: What its response may need.
+
+        Returns:
+            The number; None for no limit.
+        """
+        return None if self.max_positions is None else self.max_positions - max_new_tokens
+
+    @property
+    def response_room(self) -> int | None:
+        """How many tokens a response may have, where it does not share the prompt's room; None for no limit."""
+        return None
+
+    def find_blocks(self) -> None:
+        """Finds the blocks by watching a pass."""
+        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", 0)
+        self.blocks = find_blocks(self.model, layers, lambda: self(*self.sample(), keep=1))
+
+    def begin(
+        self, prompt_tokens: Int[Tensor, "batch prompt"], prompt_mask: Bool[Tensor, "batch prompt"]
+    ) -> tuple[Int[Tensor, "batch begun"], Bool[Tensor, "batch begun"], Any]:
+        """What stands before the first token of a response.
+
+        Args:
+            prompt_tokens: Padded left.
+            prompt_mask: True where a token is real.
+
+        Returns:
+            Tokens to be read, their mask, and the cache that goes with them: here the prompt, and none.
+        """
+        return prompt_tokens, prompt_mask, None
 
     def forward(
         self,
@@ -128,16 +135,32 @@ class Decoder(nn.Module):
             states.append(inputs[0].clone(memory_format=torch.contiguous_format))
             return states[-1], *inputs[1:]
 
-        more = {} if cache is None else {"past_key_values": cache}
         positions = positions_of(mask)[:, -tokens.shape[1] :]
-        with _hooked(self.model.get_output_embeddings(), read), self._watched(trunk) as seen:
-            output = self._run(tokens, mask.long(), positions, keep, trunk, use_cache=use_cache, **more)
+        with hooked(self.model.get_output_embeddings(), read), self._watched(trunk) as seen:
+            output = self._run(tokens, mask.long(), positions, keep, trunk, use_cache=use_cache, **self._given(cache))
         kept = output.past_key_values if use_cache else None
-        if cache is None and kept is not None:
+        if kept is not None:
             from lightning_rlhf.models.cache import give_room  # imports transformers, which is there by now
 
             give_room(kept)
         return DecoderOutput(_last(output.logits, keep), _last(states[-1], keep), kept, seen[-1] if seen else None)
+
+    def _given(self, cache: Any) -> dict[str, Any]:
+        """What goes with the tokens of a step."""
+        return {} if cache is None else {"past_key_values": cache}
+
+    def reading(self, batch: Responses, trunk: Float[Tensor, "batch joined width"] | None, in_line: bool) -> Reading:
+        """What is to be read in order to learn how likely responses were.
+
+        Args:
+            batch: Prompts and responses; what lies in the padding changes nothing.
+            trunk: What the frozen blocks made of them, where it was kept.
+            in_line: Whether rows may lie one behind the other.
+
+        Returns:
+            What :meth:`read` reads.
+        """
+        return unpadded(batch, trunk, self.shares) if in_line else padded(batch, trunk, self.chooses)
 
     def read(self, reading: Reading, temperature: float = 1.0) -> Said:
         """Says of tokens how likely they were.
@@ -166,14 +189,17 @@ class Decoder(nn.Module):
             both = head_logprobs(chosen, head.weight, head.bias, reading.targets, temperature)
             return torch.stack(both, dim=-1)
 
-        with _hooked(head, choose), _instead(head, say) if is_plain else nullcontext():
-            output = self._run(reading.tokens, reading.mask, reading.positions, reading.keep, reading.trunk)
+        with hooked(head, choose), instead(head, say) if is_plain else nullcontext():
+            output = self._read(reading)
         if is_plain:
             logprobs, entropy = output.logits.unbind(-1)
         else:
             logits = output.logits if reading.chosen is not None else _last(output.logits, reading.keep)
             logprobs, entropy = response_logprobs(logits, reading.targets, temperature)
         return Said(logprobs, entropy, states[-1])
+
+    def _read(self, reading: Reading) -> Any:
+        return self._run(reading.tokens, reading.mask, reading.positions, reading.keep, reading.trunk)
 
     def _watched(self, trunk: Tensor | None) -> AbstractContextManager[list[Tensor]]:
         """What the lowest block that trains reads in a pass."""
@@ -199,12 +225,29 @@ class Decoder(nn.Module):
     def _run(
         self, tokens: Tensor, mask: Tensor, positions: Tensor, keep: int, trunk: Tensor | None, **more: Any
     ) -> Any:
-        arguments = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep, "use_cache": False}
-        arguments = {name: value for name, value in {**arguments, **more}.items() if name in self.accepted}
+        arguments = {"use_cache": False, **self._arguments(tokens, mask, positions), "logits_to_keep": keep, **more}
+        arguments = {name: value for name, value in arguments.items() if name in self.accepted}
         if self.trunk is not None and trunk is not None:
             with self.trunk.replaced(self.model, trunk):
-                return self.model(input_ids=tokens, **arguments)
-        return self.model(input_ids=tokens, **arguments)
+                return self.model(**arguments)
+        return self.model(**arguments)
+
+    def _arguments(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+
+    def bears_padding(self, tokens: Int[Tensor, "1 total"], plain: Tensor) -> bool:
+        """Whether left padding leaves the logits alone.
+
+        Args:
+            tokens: A few, unpadded.
+            plain: What the model says of the last two of them.
+
+        Returns:
+            The answer.
+        """
+        longer = torch.cat([tokens.new_zeros(1, 3), tokens], dim=1)
+        mask = torch.arange(longer.shape[1], device=tokens.device)[None] >= 3
+        return same_logits(self(longer, mask, keep=2).logits, plain)
 
     def sample(self) -> tuple[Int[Tensor, "1 total"], Bool[Tensor, "1 total"]]:
         """A few tokens to try things on, and their mask."""
@@ -234,23 +277,3 @@ def same_logits(logits: Tensor, expected: Tensor, spread: float | None = None) -
         return False
     logits, expected = logits.float(), expected.float()
     return bool((logits - expected).abs().max() <= tolerance * (expected.std() if spread is None else spread))
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
-    """Calls a hook before a module's forward."""
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _instead(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Lets a module do something else when it is called; its hooks, a shard's among them, run all the same."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward

@@ -44,11 +44,13 @@ def freeze(decoder: Decoder, num_layers_unfrozen: int) -> None:
 
 
 def _keep_frozen_blocks(decoder: Decoder) -> None:
-    """Keeps the work of the blocks below the lowest that trains, where there are some."""
+    """Keeps the work of what lies below the lowest block that trains: frozen blocks, and a frozen encoder."""
+    if decoder.has_encoder and any(parameter.requires_grad for parameter in decoder.model.get_encoder().parameters()):
+        return
     blocks = () if decoder.blocks is None else decoder.blocks.blocks
     for branch, block in enumerate(blocks):
         if any(parameter.requires_grad for parameter in decoder.model.get_submodule(block).parameters()):
-            if branch > 0:
+            if branch > 0 or decoder.has_encoder:
                 _keep_trunk(decoder, Trunk(blocks[:branch], block))
             return
 

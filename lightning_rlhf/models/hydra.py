@@ -100,7 +100,7 @@ def reference_of(policy: Policy, is_named: bool) -> Reference:
     decoder = policy.decoder
     if decoder.adapters is not None:
         return as_at_the_start(policy)
-    if all(parameter.requires_grad for parameter in decoder.parameters()):
+    if decoder.model.get_input_embeddings().weight.requires_grad:  # which is frozen before anything else is
         return Reference.copied_from(policy, is_named)
     top = FrozenTop(decoder)
     if top.stands_in(decoder):

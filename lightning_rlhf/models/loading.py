@@ -138,22 +138,20 @@ class ModelSpec:
         return Adapters(model, self.adapter)
 
     def load(self) -> PreTrainedModel:
-        """Builds or reads the decoder-only model.
+        """Builds or reads the model, decoder-only or encoder-decoder as its config says.
 
         Returns:
             The model in evaluation mode, as transformers leaves it.
 
         Raises:
-            ValueError: If the folder is missing or the model is an encoder-decoder.
+            ValueError: If the folder is missing, or the model has no head that writes.
             TypeError: If it is no model at all.
         """
         from transformers import PretrainedConfig, PreTrainedModel
 
         if isinstance(self.model, PreTrainedModel):
-            _check_decoder(type(self.model).__name__, self.model.config)
             model = copy.deepcopy(self.model).to(self._torch_dtype())
         elif isinstance(self.model, PretrainedConfig):
-            _check_decoder(type(self.model).__name__, self.model)
             model = self._from_config(copy.deepcopy(self.model))
         elif self.is_named:
             model = self._from_name(os.fspath(self.model))
@@ -163,20 +161,21 @@ class ModelSpec:
             )
         if model.get_output_embeddings() is None:
             raise ValueError(
-                f"`model={type(model).__name__}` has no language-modelling head: load it as ...ForCausalLM."
+                f"`model={type(model).__name__}` has no language-modelling head: load it as ...ForCausalLM, or "
+                "as ...ForConditionalGeneration where it has an encoder."
             )
         return model
 
     def _from_config(self, config: PretrainedConfig) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM
-
         options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
-        return AutoModelForCausalLM.from_config(
-            config, dtype=self._torch_dtype(), trust_remote_code=self.trust_remote_code, **options
-        ).eval()
+        return (
+            _auto_class(config)
+            .from_config(config, dtype=self._torch_dtype(), trust_remote_code=self.trust_remote_code, **options)
+            .eval()
+        )
 
     def _from_name(self, name: str) -> PreTrainedModel:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         _check_folder(name)
         if has_adapter_only(name):
@@ -185,15 +184,14 @@ class ModelSpec:
             )
         source = self._source()
         config = AutoConfig.from_pretrained(name, **source)
-        _check_decoder(name, config)
         options: dict[str, Any] = {"dtype": self._torch_dtype(), **source}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         if self.quantization is not None:
             options["quantization_config"] = quantization_config(self.quantization, self._torch_dtype())
         if self.gguf_file is not None:
-            return unpacked(AutoModelForCausalLM, name, options)
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
+            return unpacked(_auto_class(config), name, options)
+        model = _auto_class(config).from_pretrained(name, config=config, **options)
         steady(model)
         return model
 
@@ -237,10 +235,11 @@ def _check_folder(name: str, argument: str = "model") -> None:
         raise ValueError(f"`{argument}={name!r}` looks like a folder, and there is none: check the path.")
 
 
-def _check_decoder(name: str, config: PretrainedConfig) -> None:
-    """Looks before loading: transformers would make half a model of BART's encoder-decoder, and say little."""
-    if config.is_encoder_decoder:
-        raise ValueError(f"`model={name}` is an encoder-decoder: only decoder-only models are supported so far.")
+def _auto_class(config: PretrainedConfig) -> Any:
+    """What loads such a model whole: the other class would make half a model of BART's encoder-decoder."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def check_frozen(spec: ModelSpec, argument: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_rlhf.batches import Rollouts
 from lightning_rlhf.models.decoder import Decoder
-from lightning_rlhf.models.reading import Responses, padded, pieces, unpadded
+from lightning_rlhf.models.reading import Responses, pieces
 
 
 class PolicyOutput(NamedTuple):
@@ -91,12 +91,10 @@ class Policy(nn.Module):
         Raises:
             ValueError: If prompts are padded and the model cannot be.
         """
-        trunk = getattr(batch, "trunk", None)
-        if self.unpads(batch):
-            reading = unpadded(batch, trunk, self.decoder.shares)
-        else:
+        in_line = self.unpads(batch)
+        if not in_line:
             self.check_padding(batch.prompt_mask)
-            reading = padded(batch, trunk, self.decoder.chooses)
+        reading = self.decoder.reading(batch, getattr(batch, "trunk", None), in_line)
         said = self.decoder.read(reading, self.temperature)
         values = self.value_head(said.states) if with_values and self.value_head is not None else None
         if reading.chosen is None:
@@ -171,13 +169,31 @@ class Policy(nn.Module):
         Raises:
             ValueError: If prompt and response together would be more than the model has positions.
         """
-        room, length = self.decoder.max_positions, prompt_mask.shape[1]
-        if room is not None and length + max_new_tokens > room:
+        room, length = self.decoder.prompt_room(max_new_tokens), prompt_mask.shape[1]
+        if room is not None and length > room:
             i = int(prompt_mask.sum(1).argmax())
+            too_long = f"is more than the {room} that the policy's encoder reads"
+            if not self.decoder.has_encoder:
+                positions = self.decoder.max_positions
+                too_long = f"with `max_new_tokens={max_new_tokens}` is more than the policy's {positions} positions"
             raise ValueError(
-                f"`prompts`: number {i} of the batch has {length} tokens, which with `max_new_tokens={max_new_tokens}` "
-                f"is more than the policy's {room} positions: shorten it or leave it out."
+                f"`prompts`: number {i} of the batch has {length} tokens, which {too_long}: shorten it or leave it out."
             )
+
+    @torch.no_grad()
+    def begin(
+        self, prompt_tokens: Int[Tensor, "batch prompt"], prompt_mask: Bool[Tensor, "batch prompt"]
+    ) -> tuple[Int[Tensor, "batch begun"], Bool[Tensor, "batch begun"], Any]:
+        """What stands before the first token of a response; an encoder reads the prompt here.
+
+        Args:
+            prompt_tokens: Padded left.
+            prompt_mask: True where a token is real.
+
+        Returns:
+            Tokens for :meth:`next_token`, their mask, and the cache that goes with them.
+        """
+        return self.decoder.begin(prompt_tokens, prompt_mask)
 
     @torch.no_grad()
     def next_token(self, tokens: Int[Tensor, "batch new"], mask: Bool[Tensor, "batch total"], cache: Any) -> NextToken:
@@ -186,7 +202,7 @@ class Policy(nn.Module):
         Args:
             tokens: What has not been read yet.
             mask: True where a token is real, those read before included.
-            cache: From the step before; None at the start, and always where the decoder keeps none.
+            cache: From :meth:`begin`, then from the step before.
 
         Returns:
             Logits and value at the last position.

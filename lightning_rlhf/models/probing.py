@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lightning_rlhf.batches import ImitationBatch
 from lightning_rlhf.models.attention import install, uninstall
-from lightning_rlhf.models.blocks import find_blocks
 from lightning_rlhf.models.decoder import Decoder, same_logits
 from lightning_rlhf.models.reading import Reading, padded, unpadded
 
@@ -31,17 +30,16 @@ def probe(decoder: Decoder) -> None:
     name = type(decoder.model).__name__
     try:
         plain = decoder(tokens, mask, keep=2).logits
-        layers = getattr(decoder.model.config.get_text_config(), "num_hidden_layers", 0)
-        decoder.blocks = find_blocks(decoder.model, layers, lambda: decoder(tokens, mask, keep=2))
+        decoder.find_blocks()
         if not same_logits(decoder(tokens[:, :5], mask[:, :5], keep=1).logits, plain[:, :1]):
             raise ValueError(
                 f"`model={name}` looks at tokens that come later, so that it cannot write: take a causal model, or "
                 "make this one causal (BERT: `is_decoder=True` in its config)."
             )
         decoder.chooses, decoder.is_plain = _chooses(decoder, tokens)
-        decoder.pads = decoder.pads and _pads(decoder, tokens, plain)
+        decoder.pads = decoder.pads and decoder.bears_padding(tokens, plain)
         decoder.caches = decoder.caches and _caches(decoder, tokens, plain)
-        decoder.unpads = decoder.chooses and _unpads(decoder, tokens)
+        decoder.unpads = decoder.chooses and not decoder.has_encoder and _unpads(decoder, tokens)
     finally:
         decoder.train(was_training)
     if not decoder.caches:
@@ -62,7 +60,10 @@ def _chooses(decoder: Decoder, tokens: Tensor) -> tuple[bool, bool]:
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         return True, False
     decoder.is_plain = True
-    return True, same_logits(decoder.read(last).logprobs, plain, spread=1.0)
+    try:
+        return True, same_logits(decoder.read(last).logprobs, plain, spread=1.0)
+    except RuntimeError:
+        return True, False  # what is as wide as the vocabulary is added to logits (BART)
 
 
 def _unpads(decoder: Decoder, tokens: Tensor) -> bool:
@@ -88,12 +89,6 @@ def _unpads(decoder: Decoder, tokens: Tensor) -> bool:
     if not found:
         uninstall(decoder.model)
     return found
-
-
-def _pads(decoder: Decoder, tokens: Tensor, plain: Tensor) -> bool:
-    longer = torch.cat([tokens.new_zeros(1, 3), tokens], dim=1)
-    mask = torch.arange(longer.shape[1], device=tokens.device)[None] >= 3
-    return same_logits(decoder(longer, mask, keep=2).logits, plain)
 
 
 def _caches(decoder: Decoder, tokens: Tensor, plain: Tensor) -> bool:

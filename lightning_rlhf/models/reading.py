@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from lightning_rlhf.functional.logprobs import response_inputs
@@ -30,6 +30,23 @@ class Responses(Protocol):
 
 
 @dataclass(slots=True)
+class Source:
+    """What an encoder reads.
+
+    Attributes:
+        tokens: Of the prompts, padded right.
+        mask: True where a token is real.
+        of_row: Which of them each row answers; None where every row has its own.
+        states: What the encoder made of them, where it was kept.
+    """
+
+    tokens: Int[Tensor, "prompts prompt"]
+    mask: Bool[Tensor, "prompts prompt"]
+    of_row: Int[Tensor, " rows"] | None = None
+    states: Float[Tensor, "prompts prompt width"] | None = None
+
+
+@dataclass(slots=True)
 class Reading:
     """What a decoder reads, and which of its states predict what.
 
@@ -41,6 +58,7 @@ class Reading:
         targets: The tokens that are predicted; (1, predicted), or (batch, keep) where ``chosen`` is None.
         chosen: Which of the kept states, counted through all rows, predict these tokens; None for all.
         trunk: What the decoder's frozen blocks made of the tokens, where it was kept.
+        source: What an encoder reads, where there is one.
     """
 
     tokens: Int[Tensor, "rows columns"]
@@ -50,6 +68,7 @@ class Reading:
     targets: Int[Tensor, ...]
     chosen: Int[Tensor, " predicted"] | None = None
     trunk: Float[Tensor, "rows columns width"] | None = None
+    source: Source | None = None
 
 
 def padded(batch: Responses, trunk: Tensor | None, chooses: bool) -> Reading:
@@ -106,6 +125,50 @@ def unpadded(batch: Responses, trunk: Tensor | None, shares: bool) -> Reading:
     mask = torch.tensor(segments, device=tokens.device)[None, None]
     kept = None if trunk is None else trunk.flatten(0, 1)[source][None]
     return Reading(tokens, positions, mask, tokens.shape[1], batch.response_tokens[response][None], chosen, kept)
+
+
+def source_of(batch: Responses, states: Tensor | None, shares: bool) -> Source:
+    """Prompts as an encoder reads them.
+
+    Args:
+        batch: Prompts and responses.
+        states: What the encoder made of the prompts, padded as they are, where it was kept.
+        shares: Whether a prompt that is there several times is read once.
+
+    Returns:
+        The prompts, padded right.
+    """
+    tokens = aligned(torch.where(batch.prompt_mask, batch.prompt_tokens, 0), batch.prompt_mask, "right")
+    mask = aligned(batch.prompt_mask, batch.prompt_mask, "right")
+    if states is not None:
+        return Source(tokens, mask, None, aligned(states, batch.prompt_mask, "right"))
+    first = _first_with_prompt(batch) if shares else list(range(len(tokens)))
+    numbers = {row: i for i, row in enumerate(dict.fromkeys(first))}
+    if len(numbers) == len(first):
+        return Source(tokens, mask)
+    of_row = torch.tensor([numbers[row] for row in first], device=tokens.device)
+    return Source(tokens[list(numbers)], mask[list(numbers)], of_row)
+
+
+def aligned(values: Shaped[Tensor, "batch columns *width"], mask: Tensor, side: str) -> Tensor:
+    """Rows whose padding is moved to a side, where it is 0.
+
+    Args:
+        values: With padding on either side.
+        mask: (batch, columns), True where a value is real, padded on either side.
+        side: On which the padding is to lie: ``"left"`` or ``"right"``.
+
+    Returns:
+        The rows.
+    """
+    columns = torch.arange(mask.shape[1], device=mask.device)[None]
+    length = mask.long().sum(1, keepdim=True)
+    begins = mask.long().argmax(1, keepdim=True)  # at the first of the real ones
+    start = 0 if side == "right" else mask.shape[1] - length
+    index = (columns - start + begins).clamp(0, mask.shape[1] - 1)
+    is_real = (columns >= start) & (columns < start + length)
+    index, is_real = (x.view(*x.shape, *[1] * (values.dim() - 2)) for x in (index, is_real))
+    return torch.where(is_real, values.gather(1, index.expand_as(values)), torch.zeros((), dtype=values.dtype))
 
 
 def _first_with_prompt(batch: Responses) -> list[int]:

@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_rlhf.batches import Rollouts
-from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.weights import load_whole_state, whole, whole_state
 
@@ -43,8 +42,8 @@ class Reference:
         Returns:
             The reference.
         """
-        decoder = Decoder(copy.deepcopy(policy.decoder.model))
-        for name in ("pads", "caches", "chooses", "is_plain", "unpads", "shares", "blocks"):
+        decoder = type(policy.decoder)(copy.deepcopy(policy.decoder.model))
+        for name in ("pads", "caches", "chooses", "is_plain", "unpads", "shares", "blocks", "encoder_blocks"):
             setattr(decoder, name, getattr(policy.decoder, name))
         return cls(Policy(decoder, policy.temperature), is_named)
 

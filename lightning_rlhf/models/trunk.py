@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_rlhf.models.blocks import swapped
@@ -15,10 +16,12 @@ class Trunk:
     """Where a decoder begins to train, and how to begin there.
 
     In the list of blocks the frozen ones are swapped for stand-ins, the first of which returns the states that were
-    kept; then the model's own forward runs, with its own masks, positions, final norm and head.
+    kept; then the model's own forward runs, with its own masks, positions, final norm and head. Where blocks return
+    more than states (T5's first one makes the position bias of all), the first one runs all the same, for what else it
+    returns, and if that is alike for all rows, it runs on one of them.
 
     Args:
-        frozen: Names of the blocks below, in order.
+        frozen: Names of the blocks below, in order; none where only an encoder is frozen.
         branch: Name of the lowest block that trains.
     """
 
@@ -26,6 +29,7 @@ class Trunk:
         self.frozen = frozen
         self.branch = branch
         self.forms: dict[str, tuple[type, int]] = {}  # what each frozen block returns, and how long it is
+        self.more: list[Tensor] = []  # what the first one returned beside its states
 
     @contextmanager
     def watched(self, model: nn.Module) -> Iterator[list[Tensor]]:
@@ -58,6 +62,8 @@ class Trunk:
 
         def learn(name: str, output: Any) -> None:
             self.forms[name] = (type(output), 1 if isinstance(output, Tensor) else len(output))
+            if name == self.frozen[0] and not isinstance(output, Tensor):
+                self.more = [values for values in output[1:] if isinstance(values, Tensor)]
 
         handles = [
             model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: learn(name, output))
@@ -79,23 +85,43 @@ class Trunk:
         Returns:
             A context in which the pass is made.
         """
-        standins = {name: _StandIn(*self.forms[name]) for name in self.frozen}
-        standins[self.frozen[0]].kept = states.contiguous()
+        beside: list[Any] = []
+        standins = {name: _StandIn(*self.forms[name], beside) for name in self.frozen}
+        for name in self.frozen[:1]:
+            standins[name].kept = states.contiguous()
+            if self.more:
+                standins[name].block = (model.get_submodule(name),)
+                standins[name].rows = 1 if all(len(values) == 1 for values in self.more) else len(states)
         return swapped(model, standins)
 
 
 class _StandIn(nn.Module):
     """Hands on what it gets, or states that were kept, in the form in which a block returns them."""
 
-    def __init__(self, form: Any, length: int) -> None:
+    def __init__(self, form: Any, length: int, beside: list[Any]) -> None:
         super().__init__()
         self.form = form
         self.length = length
+        self.beside = beside  # what the first block returns beside its states, for all that stand in
         self.kept: Tensor | None = None
+        self.block: tuple[nn.Module] | None = None  # in a tuple, so that it is no child
+        self.rows = 0  # on which it runs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        states = _states(args, kwargs) if self.kept is None else self.kept
-        return states if issubclass(self.form, Tensor) else self.form([states, *[None] * (self.length - 1)])
+        states = _states(args, kwargs)
+        if self.block is not None:
+            with torch.no_grad():
+                some = [_first(value, self.rows, len(states)) for value in args]
+                more = {name: _first(value, self.rows, len(states)) for name, value in kwargs.items()}
+                self.beside[:] = self.block[0](*some, **more)[1:]
+        states = states if self.kept is None else self.kept
+        if issubclass(self.form, Tensor):
+            return states
+        return self.form([states, *(self.beside or [None] * (self.length - 1))])
+
+
+def _first(value: Any, rows: int, batch: int) -> Any:
+    return value[:rows] if isinstance(value, Tensor) and len(value) == batch else value
 
 
 def _states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -23,6 +23,7 @@ from lightning_rlhf.generation.sampling import Sampling, SamplingChanges
 from lightning_rlhf.models.activations import fuse_activations
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.dropout import disable_dropout
+from lightning_rlhf.models.encoder_decoder import decoder_of
 from lightning_rlhf.models.freezing import freeze
 from lightning_rlhf.models.heads import ValueHead
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, load_tokenizer
@@ -139,6 +140,8 @@ class RLHFModule(SavedModule):
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, RLHFDataModule):
             data.tokenizer, data.max_tokens = self.tokenizer, self.max_prompt_tokens
+            decoder = self.policy.decoder
+            data.has_encoder, data.max_response_tokens = decoder.has_encoder, decoder.response_room
 
     def build(self) -> None:
         """Makes the policy, under a random state that depends on the seed alone."""
@@ -190,7 +193,7 @@ class RLHFModule(SavedModule):
         speed_up_linears(model)
         if self.disable_dropout:
             self._dropout += disable_dropout(model)
-        decoder = Decoder(model)
+        decoder = decoder_of(model)
         decoder.adapters = adapters
         probe(decoder)
         decoder.shares = self.disable_dropout
@@ -199,7 +202,7 @@ class RLHFModule(SavedModule):
     @property
     def max_prompt_tokens(self) -> int | None:
         """How long a row of data may be, in tokens; None is no limit."""
-        return self.policy.decoder.max_positions
+        return self.policy.decoder.prompt_room(0)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         reference = self.__dict__.get("reference")

@@ -93,7 +93,8 @@ class EvaluatedModule(TextModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Makes tokens of prompts that come as text, from a loader that knows nothing of this module."""
         reads_prompts = self.learns_from[0] is PromptBatch or self.trainer.predicting
-        return as_prompt_batch(batch, self.tokenizer) if reads_prompts else batch
+        has_encoder = self.policy.decoder.has_encoder
+        return as_prompt_batch(batch, self.tokenizer, has_encoder) if reads_prompts else batch
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measures a batch."""

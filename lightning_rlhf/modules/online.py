@@ -260,8 +260,7 @@ class OnlineModule(PromptEvaluation, ManualModule):
     @property
     def max_prompt_tokens(self) -> int | None:
         """Positions of the policy less those that a response may need."""
-        room = super().max_prompt_tokens
-        return None if room is None else room - self.sampling.max_new_tokens
+        return self.policy.decoder.prompt_room(self.sampling.max_new_tokens)
 
     def _state(self) -> dict[str, Any]:
         """What an iteration changes beside the weights."""

@@ -177,7 +177,8 @@ class TextModule(Remembering, L.LightningModule, ABC):
         seed = self.seed if seed is None else seed
         responses: list[str] = []
         for start in range(0, len(prompts), batch_size):
-            rows = [prompt_ids(prompt, self.tokenizer) for prompt in prompts[start : start + batch_size]]
+            has_encoder = self.policy.decoder.has_encoder
+            rows = [prompt_ids(prompt, self.tokenizer, has_encoder) for prompt in prompts[start : start + batch_size]]
             tokens, mask = padded(rows, self.special_tokens.pad, "left")
             uniforms = row_uniforms(seed, "generate", (), range(start, start + len(rows)), sampling.max_new_tokens)
             decoded = self.decode(tokens.to(self.device), mask.to(self.device), uniforms, sampling)

@@ -64,7 +64,8 @@ def shard(policy: Policy, reference: Reference | None, mesh: DeviceMesh, precisi
         _shard(reference.network, options, reshard_root=True)
     # What is in no block is needed to the end of a forward pass, and at once when the backward pass begins.
     _shard(policy, options, reshard_root=False)
-    register_fsdp_forward_method(policy, "next_token")
+    for method in ("begin", "next_token"):
+        register_fsdp_forward_method(policy, method)
     for name, parameter in policy.named_parameters():
         if not isinstance(parameter, DTensor) or parameter.is_meta:
             raise RuntimeError(f"{name} was not sharded: processes would drift apart without a word.")
@@ -72,7 +73,7 @@ def shard(policy: Policy, reference: Reference | None, mesh: DeviceMesh, precisi
 
 def _shard(policy: Any, options: dict[str, Any], reshard_root: bool) -> None:
     blocks = policy.decoder.blocks
-    for name in () if blocks is None else blocks.blocks:
+    for name in policy.decoder.encoder_blocks + (() if blocks is None else blocks.blocks):
         fully_shard(policy.decoder.model.get_submodule(name), reshard_after_forward=True, **options)
     fully_shard(policy, reshard_after_forward=reshard_root, **options)
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from lightning_rlhf import (
     ConversationDataModule,
@@ -34,7 +34,7 @@ from lightning_rlhf.data.tokens import padded
 from lightning_rlhf.models.reference import fingerprint
 from lightning_rlhf.models.weights import whole, whole_state
 from lightning_rlhf.modules.ranks import rank, world_size
-from tests.networks import bigram, network, tiny_gpt2, word_tokenizer
+from tests.networks import ENCODER_DECODERS, bigram, network, tiny_gpt2, word_tokenizer
 from tests.training import Seen, bare_trainer
 
 PROMPTS = ["a b c", "d", "e f", "b a a c", "c", "f e d", "b b", "a"]
@@ -61,6 +61,14 @@ def with_adapter() -> ModelSpec:
     return spec
 
 
+def t5(num_layers_unfrozen: int = -1, layers: int = 2) -> ModelSpec:
+    """An encoder-decoder with random weights, likewise."""
+    special = {"vocab_size": LETTERS, "eos_token_id": LETTERS - 2, "bos_token_id": LETTERS - 2}
+    special |= {"pad_token_id": LETTERS - 1, "decoder_start_token_id": LETTERS - 1}
+    config = ENCODER_DECODERS["t5"](num_decoder_layers=layers, initializer_factor=3.0, **special)
+    return ModelSpec(config, num_layers_unfrozen=num_layers_unfrozen)
+
+
 def online(cls: type, policy: Any = None, **arguments: Any) -> Any:
     """An online module that makes one minibatch an epoch, whatever the number of processes."""
     defaults: dict[str, Any] = {
@@ -85,6 +93,8 @@ ALGORITHMS: dict[str, Any] = {
     "grpo": functools.partial(online, GRPOModule, group_size=3, micro_batch_size=2),
     "grpo_hydra": lambda **more: online(GRPOModule, policy_of(2, layers=6), group_size=4, divide_by_std=False, **more),
     "ppo_lora": lambda **more: online(PPOModule, with_adapter(), micro_batch_size=1, **more),
+    "ppo_t5": lambda **more: online(PPOModule, t5(), micro_batch_size=2, **more),
+    "grpo_t5_hydra": lambda **more: online(GRPOModule, t5(1, layers=3), group_size=3, **more),
     # Scores of two or three values: in many groups all are equal, and nothing else has a gradient.
     "grpo_silent": functools.partial(
         online, GRPOModule, group_size=2, kl_coef=0.0, reward_clip=0.01, averaging="tokens", micro_batch_size=1
@@ -177,6 +187,8 @@ ppo_lora = functools.partial(learns, "ppo_lora")
 grpo = functools.partial(learns, "grpo")
 grpo_silent = functools.partial(learns, "grpo_silent")
 grpo_hydra = functools.partial(learns, "grpo_hydra")
+ppo_t5 = functools.partial(learns, "ppo_t5")
+grpo_t5_hydra = functools.partial(learns, "grpo_t5_hydra")
 
 
 def sft(strategy: str, folder: Path) -> dict[str, Any]:
@@ -355,15 +367,19 @@ def gathered(strategy: str, folder: Path) -> list[int]:
     return counts
 
 
-def exported(strategy: str, folder: Path) -> float:
+def exported_by(policy: Any, auto: Any, strategy: str, folder: Path) -> float:
     """How far a folder's weights are from those that were sharded."""
-    module = online(PPOModule, policy_of(2))
+    module = online(PPOModule, policy())
     trainer_of(strategy, max_epochs=1).fit(module, datamodule=PromptDataModule(PROMPTS, batch_size=4))
     module.save_pretrained(folder / "out")
     dist.barrier()
-    saved = AutoModelForCausalLM.from_pretrained(folder / "out").state_dict()
+    saved = auto.from_pretrained(folder / "out").state_dict()
     own = whole_state(module.policy.decoder.model)
     return max(float((saved[name] - weight).abs().max()) for name, weight in own.items())
+
+
+exported = functools.partial(exported_by, functools.partial(policy_of, 2), AutoModelForCausalLM)
+exported_t5 = functools.partial(exported_by, t5, AutoModelForSeq2SeqLM)
 
 
 class TellTheSecond(Callback):
@@ -465,6 +481,8 @@ SAME = [
     "grpo",
     "grpo_hydra",
     "grpo_silent",
+    "ppo_t5",
+    "grpo_t5_hydra",
     "sft",
     "unlike_objects",
     "unlike_lengths",
@@ -488,5 +506,8 @@ OF_TWO = [
 ]
 """Cases that only processes together have."""
 
-ONLY = {"ddp": ["added_up", "eight_bit"], "rlhf_fsdp2": ["gathered", "exported", "eight_bit_refused"]}
+ONLY = {
+    "ddp": ["added_up", "eight_bit"],
+    "rlhf_fsdp2": ["gathered", "exported", "exported_t5", "eight_bit_refused"],
+}
 """Cases that only one strategy has."""

@@ -33,7 +33,12 @@ def one(tmp_path_factory):
     return {name: getattr(cases, name)("auto", tmp_path_factory.mktemp(name)) for name in SAME}
 
 
-GROUP = {"grpo": 3, "grpo_hydra": 4, "grpo_silent": 2}  # rows that are dealt together; one by default
+GROUP = {
+    "grpo": 3,
+    "grpo_t5_hydra": 3,
+    "grpo_hydra": 4,
+    "grpo_silent": 2,
+}  # rows that are dealt together; one by default
 
 
 def dealt(parts, group=1):
@@ -200,8 +205,9 @@ def test_a_sharded_policy_is_gathered_once_for_all_that_it_writes(two):
 
 @pytest.mark.invariant(18)
 @pytest.mark.parametrize("strategy", ["rlhf_fsdp2"], indirect=True)
-def test_a_sharded_policy_is_exported_whole(two):
-    for difference in both(two, "exported"):
+@pytest.mark.parametrize("name", ["exported", "exported_t5"])
+def test_a_sharded_policy_is_exported_whole(two, name):
+    for difference in both(two, name):
         assert difference == 0.0
 
 

@@ -16,19 +16,33 @@ from lightning_rlhf.generation import decode
 from lightning_rlhf.generation.decode import Decoded, DecodeLoop
 from lightning_rlhf.generation.sampling import Sampling
 from lightning_rlhf.models.decoder import Decoder
+from lightning_rlhf.models.encoder_decoder import decoder_of
 from lightning_rlhf.models.heads import ValueHead
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.vocabulary import SpecialTokens
-from tests.networks import ARCHITECTURES, EOS, ODD, PAD, USUAL, VOCABULARY, Scripted, bigram, network, random_rows
+from tests.networks import (
+    ARCHITECTURES,
+    ENCODER_DECODERS,
+    EOS,
+    ODD,
+    PAD,
+    USUAL,
+    VOCABULARY,
+    Scripted,
+    bigram,
+    network,
+    random_rows,
+)
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 PROMPTS = random_rows([3, 9, 1, 6, 5, 2, 8, 4], seed=1)
+EVERY = [*ARCHITECTURES, *ENCODER_DECODERS]
 ENDS = SpecialTokens((EOS, 3, 7, 11), PAD)  # so many that random networks end at different places
 
 
 def policy_of(name: str, temperature: float = 1.0, seed: int = 0, spread: float = 1.0) -> Policy:
     torch.manual_seed(3)
-    decoder = Decoder(network(ARCHITECTURES[name](), seed=seed, spread=spread))
+    decoder = decoder_of(network({**ARCHITECTURES, **ENCODER_DECODERS}[name](), seed=seed, spread=spread))
     if name in ODD:
         decoder.caches = False
         decoder.pads = name != "rwkv"
@@ -188,6 +202,7 @@ def test_without_a_value_head_there_are_no_values() -> None:
 def generated(policy: Policy, prompts: list[list[int]], special: SpecialTokens, **settings: Any) -> list[list[int]]:
     """What transformers writes, one unpadded prompt at a time."""
     rows = []
+    begun = getattr(policy.decoder, "prefix", None)  # of a response that goes on from no prompt
     for prompt in prompts:
         tokens = torch.tensor([prompt])
         text = policy.decoder.model.generate(
@@ -198,13 +213,13 @@ def generated(policy: Policy, prompts: list[list[int]], special: SpecialTokens, 
             pad_token_id=special.pad,
             **settings,
         )
-        rows.append(text[0, len(prompt) :].tolist())
+        rows.append(text[0, len(prompt if begun is None else begun) :].tolist())
     return rows
 
 
 @pytest.mark.invariant(2, 3, 14)
 @pytest.mark.parametrize("least", [0, 6])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EVERY)
 def test_greedy_responses_are_those_of_transformers_without_padding(name: str, least: int) -> None:
     policy = policy_of(name, spread=3.0)
     prompts = prompts_for(policy)
@@ -217,17 +232,40 @@ def test_greedy_responses_are_those_of_transformers_without_padding(name: str, l
 
 
 @pytest.mark.invariant(2, 14)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EVERY)
 def test_greedy_responses_are_those_of_whole_texts_read_anew(name: str) -> None:
     policy = policy_of(name, seed=1, spread=3.0)
     prompts = prompts_for(policy)
     out = decoded(policy, Sampling(max_new_tokens=12, temperature=0.0), prompts, SpecialTokens((EOS,), PAD))
     for prompt, response in zip(prompts, responses(out), strict=True):
-        text = list(prompt)
+        text = [] if policy.decoder.has_encoder else list(prompt)
+        begun = len(text)
         for _ in response:
+            if policy.decoder.has_encoder:
+                written = torch.tensor([[*policy.decoder.prefix, *text]])
+                read = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": written}
+            else:
+                read = {"input_ids": torch.tensor([text])}
             with torch.no_grad():
-                text.append(int(policy.decoder.model(input_ids=torch.tensor([text])).logits[0, -1].argmax()))
-        assert response == text[len(prompt) :]
+                text.append(int(policy.decoder.model(**read).logits[0, -1].argmax()))
+        assert response == text[begun:]
+
+
+@pytest.mark.invariant(7, 14)
+@pytest.mark.parametrize("caches", [True, False])
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_token_that_is_forced_is_no_part_of_the_response(name: str, caches: bool) -> None:
+    model = network(ENCODER_DECODERS[name](), spread=3.0)
+    model.generation_config.forced_bos_token_id = 13
+    decoder = decoder_of(model)
+    decoder.caches = caches
+    policy = Policy(decoder).eval()
+    expected = generated(policy, PROMPTS, ENDS, max_new_tokens=13)
+    out = decoded(policy, Sampling(max_new_tokens=12, temperature=0.0), PROMPTS)
+    assert responses(out) == expected
+    assert len({tuple(row) for row in expected}) > 1
+    with torch.no_grad():
+        assert_close(out.logprobs[out.mask], policy(trained_on(PROMPTS, out)).logprobs[out.mask], **CLOSE)
 
 
 # --- against a training pass ----------------------------------------------------------------------------------------
@@ -239,13 +277,13 @@ def trained_on(prompts: Sequence[Sequence[int]], out: Decoded) -> Any:
 
 
 @pytest.mark.invariant(7, 9, 16)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_samplers_logprobs_and_values_are_those_of_a_training_pass(name: str) -> None:
     policy = policy_of(name, temperature=0.8)
     prompts = prompts_for(policy)
     out = decoded(policy, Sampling(max_new_tokens=12, temperature=0.8), prompts, with_final_values=True)
     lengths = out.mask.sum(1).tolist()
-    assert len(set(lengths)) >= 3
+    assert len(set(lengths)) >= (2 if policy.decoder.has_encoder else 3)
     output = policy(trained_on(prompts, out))
     assert_close(out.logprobs[out.mask], output.logprobs[out.mask].detach(), **CLOSE)
     assert_close(out.values[out.mask], output.values[out.mask].detach(), **CLOSE)
@@ -287,7 +325,7 @@ def test_final_values_are_those_of_a_plain_pass_over_prompt_and_response(name: s
 # --- who else is there ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma2", "bloom", "openai_gpt"])
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma2", "bloom", "openai_gpt", "t5", "bart"])
 def test_a_response_does_not_depend_on_who_else_is_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of(name)
     sampling = Sampling(max_new_tokens=12)
@@ -309,7 +347,7 @@ def test_a_response_does_not_depend_on_who_else_is_there(name: str, monkeypatch:
 
 
 @pytest.mark.invariant(7)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_group_whose_prompt_is_read_once_writes_what_it_would_if_each_row_read_it(name: str) -> None:
     policy = policy_of(name)
     prompts = prompts_for(policy)[:4]
@@ -332,12 +370,12 @@ def test_a_group_whose_prompt_is_read_once_writes_what_it_would_if_each_row_read
     for field in ("logprobs", "values", "final_values"):
         assert_close(getattr(together, field), getattr(apart, field), **CLOSE)
     assert sizes[0] == 4 < sizes[1]
-    caches = policy.decoder.caches
-    assert widths[1:] == [1 if caches else tokens.shape[1] + t for t in range(1, len(widths))]
+    caches, begun = policy.decoder.caches, 1 if policy.decoder.has_encoder else tokens.shape[1]
+    assert widths == [begun + t if t == 0 or not caches else 1 for t in range(len(widths))]
 
 
 @pytest.mark.invariant(8)
-@pytest.mark.parametrize("name", [*USUAL, "mixtral", "openai_gpt", "mamba"])
+@pytest.mark.parametrize("name", [*USUAL, "mixtral", "openai_gpt", "mamba", *ENCODER_DECODERS])
 def test_what_lies_in_the_padding_of_prompts_changes_nothing_bit_for_bit(name: str) -> None:
     policy = policy_of(name)
     tokens, mask = padded(PROMPTS, PAD, "left")

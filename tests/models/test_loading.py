@@ -14,7 +14,7 @@ from lightning_rlhf import PPOModule
 from lightning_rlhf.models.loading import ModelSpec, load_tokenizer
 from lightning_rlhf.models.reference import fingerprint
 from lightning_rlhf.models.vocabulary import SpecialTokens, fit_embeddings
-from tests.networks import ARCHITECTURES, EOS, PAD, VOCABULARY, network, tiny_gpt2, word_tokenizer
+from tests.networks import ARCHITECTURES, ENCODER_DECODERS, EOS, PAD, VOCABULARY, network, tiny_gpt2, word_tokenizer
 
 TOKENS = torch.arange(12).reshape(2, 6)
 
@@ -146,37 +146,34 @@ def test_a_missing_folder_is_named(name: str) -> None:
         ModelSpec(name).load_tokenizer()
 
 
-def encoder_decoder(name: str) -> Any:
-    import transformers
-
-    small = {
-        "T5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0},
-        "Bart": {
-            "d_model": 16,
-            "encoder_layers": 1,
-            "decoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "decoder_attention_heads": 2,
-            "encoder_ffn_dim": 32,
-            "decoder_ffn_dim": 32,
-        },
-    }
-    return getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, **small[name])
-
-
-@pytest.mark.parametrize("name", ["T5", "Bart"])
+@pytest.mark.parametrize("name", ["t5", "bart"])
 @pytest.mark.parametrize("kind", ["config", "object", "folder"])
-def test_an_encoder_decoder_is_refused_and_not_cut_in_half(name: str, kind: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForSeq2SeqLM
-
-    model: Any = encoder_decoder(name)
-    if kind != "config":
-        model = AutoModelForSeq2SeqLM.from_config(model)
+def test_an_encoder_decoder_is_loaded_whole_and_not_cut_in_half(name: str, kind: str, tmp_path: Path) -> None:
+    model: Any = network(ENCODER_DECODERS[name]())
+    model.generation_config.forced_bos_token_id = 5
+    names = set(model.state_dict())
+    if kind == "config":
+        model = model.config
     if kind == "folder":
         model.save_pretrained(tmp_path)
         model = tmp_path
-    with pytest.raises(ValueError, match="is an encoder-decoder: only decoder-only models are supported"):
-        ModelSpec(model).load()
+    loaded = ModelSpec(model).load()
+    assert type(loaded).__name__ == {"t5": "T5ForConditionalGeneration", "bart": "BartForConditionalGeneration"}[name]
+    assert set(loaded.state_dict()) == names
+    assert loaded.generation_config.forced_bos_token_id == (None if kind == "config" else 5)
+
+
+@pytest.mark.invariant(3)
+@pytest.mark.parametrize("name", ["t5", "bart", "mbart"])
+def test_a_longer_tokenizer_resizes_both_halves_of_an_encoder_decoder(name: str) -> None:
+    model = network(ENCODER_DECODERS[name]())
+    before = model(input_ids=TOKENS, decoder_input_ids=TOKENS).logits
+    with pytest.warns(UserWarning, match="The tokenizer has 27 tokens and the model 24 rows"):
+        fit_embeddings(model, longer_tokenizer())
+    after = model(input_ids=TOKENS, decoder_input_ids=TOKENS).logits
+    assert_close(after[..., :VOCABULARY], before, rtol=1e-6, atol=1e-5)
+    new = torch.tensor([[VOCABULARY, VOCABULARY + 2]])
+    assert bool(model(input_ids=new, decoder_input_ids=new).logits.isfinite().all())
 
 
 def test_a_model_without_a_language_modelling_head_is_refused() -> None:

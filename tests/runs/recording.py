@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
-from lightning_rlhf import ConversationDataModule, GRPOModule, PPOModule, PromptDataModule, SFTModule
+from lightning_rlhf import ConversationDataModule, GRPOModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
 from lightning_rlhf.models.reference import fingerprint
+from tests.networks import ENCODER_DECODERS
 from tests.training import bare_trainer, module_of, sft
 
 PROMPTS = ["a b c", "d", "e f", "b a a c", "c", "f e d", "b"]  # three batches of three, the last of one
@@ -121,11 +122,17 @@ class Case:
         return (with_validation(self.data) if with_val else self.data)(self.rows, batch_size=3, seed=1)
 
 
+def t5() -> ModelSpec:
+    """An encoder-decoder, of which one block learns."""
+    return ModelSpec(ENCODER_DECODERS["t5"](initializer_factor=3.0), num_layers_unfrozen=1)
+
+
 ONLINE = {"reward_scaling": "running", "normalize_rewards": True, "kl_coef": 0.3, "num_epochs": 2, "minibatch_size": 2}
 CASES = {
     "ppo": Case(PPOModule, arguments=ONLINE),
     "grpo": Case(GRPOModule, arguments={**ONLINE, "group_size": 3}),
     "sft": Case(SFTModule, ConversationDataModule, TEXTS),
+    "ppo_t5": Case(PPOModule, arguments={**ONLINE, "policy": t5(), "minibatch_size": 4}),
     "sft_accumulating": Case(SFTModule, ConversationDataModule, TEXTS, flags={"accumulate_grad_batches": 2}),
 }
 
