@@ -15,11 +15,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_rlhf.models.loading import ModelSpec, _check_folder
+from lightning_rlhf.models.quantization import quantization_config, steady
 
 Row = dict[str, list[int]]
 """What a tokenizer makes of a text: ``input_ids``, and ``token_type_ids`` where the model reads them."""
 
-READ = ("model", "dtype", "attn_implementation", "revision", "trust_remote_code")
+READ = ("model", "dtype", "attn_implementation", "revision", "trust_remote_code", "quantization")
 """Fields of a spec that mean something for a classifier."""
 
 
@@ -47,7 +48,11 @@ def load_classifier(spec: ModelSpec, argument: str) -> Any:
             raise ValueError(f"`{argument}.{field.name}={value!r}` is a policy's, and a reward model reads none of it.")
     name = os.fspath(spec.model)
     _check_folder(name)
-    options = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
+    options: dict[str, Any] = {}
+    if spec.attn_implementation is not None:
+        options["attn_implementation"] = spec.attn_implementation
+    if spec.quantization is not None:
+        options["quantization_config"] = quantization_config(spec.quantization, spec._torch_dtype())
     try:
         model, found = AutoModelForSequenceClassification.from_pretrained(
             name,
@@ -67,6 +72,7 @@ def load_classifier(spec: ModelSpec, argument: str) -> Any:
             f"`{argument}={name!r}` has no weights for {sorted(found['missing_keys'])}: it was never trained to score. "
             "Name the folder of a trained classifier."
         )
+    steady(model)
     speed_up_linears(model)
     return model
 

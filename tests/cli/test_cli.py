@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_rlhf import PPOModule
 from lightning_rlhf.callbacks import ResponseWriter
-from lightning_rlhf.cli import found, main
+from lightning_rlhf.cli import explained, found, main
 from tests.networks import network, tiny_gpt2, word_tokenizer
 
 REWARD = """
@@ -356,9 +356,7 @@ def test_reward_models_dense_rewards_and_optimizers_of_bitsandbytes_are_written_
     assert (stored["normalize_rewards"], stored["learning_rates"]) == (["judge"], {"value": 0.01})
 
 
-def test_a_bare_name_that_two_packages_have_is_refused_with_both(capsys):
-    import bitsandbytes  # noqa: F401, which has an AdamW too, once it is imported
-
-    assert "`AdamW` is the name of several classes: write the one that is meant, of torch.optim" in complaint(
-        capsys, *without({"model.init_args.optimizer.class_path": "AdamW"})
-    )
+def test_a_bare_name_that_several_classes_have_is_refused_with_all_of_them():
+    said = "Multiple subclasses with name Mine. Give the full class path to avoid ambiguity: one.Mine, other.Mine."
+    expected = "`Mine` is the name of several classes: write the one that is meant, of one.Mine, other.Mine."
+    assert explained(f"Problem with it:\n  {said}\n", []) == expected

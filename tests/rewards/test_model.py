@@ -526,3 +526,18 @@ def test_a_quantised_classifier_is_taken_as_it_is(tmp_path):
         for p, r in zip(experience.prompts, experience.responses, strict=True)
     ]
     assert experience.scores.total.tolist() == pytest.approx(mine, abs=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_classifier_is_quantised_as_its_spec_says_but_for_its_head(tmp_path, quantization):
+    classifier(tiny_gpt2(width=64), 3).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    reward = RewardModel(ModelSpec(tmp_path, quantization=quantization), label="good")
+    kinds = {name: type(parameter).__name__ for name, parameter in reward.load().model.named_parameters()}
+    assert set(kinds.values()) >= {"Params4bit" if quantization == "nf4" else "Int8Params"}
+    assert kinds["score.weight"] == "Parameter"
+    assert reward.plain()["init_args"]["model"]["quantization"] == quantization
+    prompts = [f"{prompt} " for prompt in PROMPTS]
+    expected = torch.tensor(RewardModel(tmp_path, label="good")(prompts, RESPONSES))
+    both = torch.stack([torch.tensor(reward(prompts, RESPONSES)), expected])
+    assert 0.8 < float(torch.corrcoef(both)[0, 1]) < 0.99999
