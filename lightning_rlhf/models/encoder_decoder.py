@@ -175,13 +175,15 @@ class EncoderDecoder(Decoder):
 
         Args:
             batch: Prompts and responses; what lies in the padding changes nothing.
-            trunk: What encoder and frozen blocks made of them, where it was kept.
+            trunk: What encoder and frozen blocks made of them, where it was kept. Not heeded where this model, a
+                reference say, has none: it was another's.
             in_line: Always false.
 
         Returns:
             What :meth:`read` reads.
         """
         prompt, prefix = batch.prompt_mask.shape[1], self._prefix(batch.prompt_tokens)
+        trunk = None if self.trunk is None else trunk
         written = ImitationBatch(
             prompt_tokens=prefix,
             prompt_mask=torch.ones_like(prefix, dtype=torch.bool),

@@ -436,6 +436,14 @@ def test_an_encoder_that_is_wider_than_the_decoder_runs_in_every_pass() -> None:
     assert_close(policy(written(PROMPTS, RESPONSES)).logprobs[1, :2], expected, **CLOSE)
 
 
+@pytest.mark.invariant(12)
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_what_the_policy_kept_is_nothing_to_another_model(name: str) -> None:
+    batch = with_trunk(deep(name, 1))
+    other = policy_of(name)
+    assert torch.equal(other.scored(batch, 2), other.scored(written(PROMPTS, RESPONSES), 2))
+
+
 @pytest.mark.invariant(11)
 def test_a_full_copy_is_an_encoder_decoder_too() -> None:
     policy, batch = policy_of("t5"), written(PROMPTS, RESPONSES)

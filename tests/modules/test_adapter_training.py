@@ -211,7 +211,8 @@ def test_rows_of_new_tokens_are_alike_in_policy_and_reference_and_said_to_stay(f
     assert seen.metrics[0]["kl/sequence"] == pytest.approx(0.0, abs=2e-5)
 
 
-def test_a_yaml_names_adapter_and_quantisation(folders, tmp_path, capsys):
+def test_a_yaml_names_adapter_and_quantisation(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the command line leaves its configuration where it stands
     run = {
         "trainer": {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1},
         "model": {
