@@ -1,0 +1,1 @@
+"""Letters put in order by an encoder-decoder."""
