@@ -56,12 +56,11 @@ bench: $(INSTALLED) ## measure speed and memory, beside TRL where bench-envs put
 bench-report: $(INSTALLED) ## measure all that docs/performance.md shows, on an idle machine, and fill it in
 	$(BIN)/python -m benchmarks.speed generate sft sft_packed grpo ppo --size base
 	$(BIN)/python -m benchmarks.speed generate grpo ppo --size base --lengths ragged
-	$(BIN)/python -m benchmarks.speed ppo --size base --unfrozen 2
-	$(BIN)/python -m benchmarks.speed ppo --size base --unfrozen 2 --lengths ragged
-	$(BIN)/python -m benchmarks.speed sft ppo --size base --kernel onednn mkl
-	$(BIN)/python -m benchmarks.unfrozen --size base
-	$(BIN)/python -m benchmarks.batch_size --size base
-	$(BIN)/python -m benchmarks.batch_size --size base --lengths ragged --micro-batch-tokens 1024
+	$(BIN)/python -m benchmarks.speed ppo --size base --unfrozen 2 --systems ours
+	$(BIN)/python -m benchmarks.speed ppo --size base --unfrozen 2 --lengths ragged --systems ours
+	$(BIN)/python -m benchmarks.speed sft --size base --kernel onednn mkl
+	$(BIN)/python -m benchmarks.unfrozen --size small --iterations 3
+	$(BIN)/python -m benchmarks.batch_size --size base --row grpo --batches 8 32 128 --micro-batch-size 4 --iterations 1
 	$(BIN)/python -m benchmarks.profile ppo --size base
 	$(BIN)/python -m benchmarks.profile sft --size base
 	$(BIN)/python -m benchmarks.report

@@ -75,7 +75,9 @@ def main(args: list[str] | None = None) -> None:
         f"In {time.perf_counter() - started:.0f} seconds. What is left of them:", highlight=False, soft_wrap=True
     )
     console.print(f"  {curve}  the curve", highlight=False, soft_wrap=True)
-    console.print(f"  {final}  the policy, for `AutoModelForSeq2SeqLM.from_pretrained`", highlight=False, soft_wrap=True)
+    console.print(
+        f"  {final}  the policy, for `AutoModelForSeq2SeqLM.from_pretrained`", highlight=False, soft_wrap=True
+    )
 
 
 if __name__ == "__main__":

@@ -155,5 +155,9 @@ class Words(PromptDataModule):
     def __init__(self, iterations: int = 40, prompts: int = 128) -> None:
         held_out = words(HELD_OUT, seed=3)
         super().__init__(
-            words(iterations * prompts, seed=2), validation=held_out, test=held_out, predict=held_out, batch_size=prompts
+            words(iterations * prompts, seed=2),
+            validation=held_out,
+            test=held_out,
+            predict=held_out,
+            batch_size=prompts,
         )

@@ -1,4 +1,4 @@
-"""The two stages of the example: imitate words that were put in order, then learn from a score to get them all right."""
+"""The two stages of the example: imitate words that were put in order, then learn from a score to get all of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from typing import Any
 
 from lightning_rlhf import PPOModule, SFTModule
 from lightning_rlhf.examples.randomwalks.training import Curve, adamw, quiet_trainer
-from lightning_rlhf.examples.seq2seq.task import HELD_OUT, LENGTHS, MODELS, Pairs, Words, measure, score, tokenizer, words
+from lightning_rlhf.examples.seq2seq.task import (
+    HELD_OUT,
+    LENGTHS,
+    MODELS,
+    Pairs,
+    Words,
+    measure,
+    score,
+    tokenizer,
+    words,
+)
 
 SAMPLING = {"max_new_tokens": LENGTHS[1] + 2}
 
@@ -77,4 +87,4 @@ def evaluate(module: Any) -> tuple[float, float, float]:
     unseen = words(HELD_OUT, seed=3)
     sampled, likeliest = (module.generate(unseen, {**SAMPLING, "temperature": t}, batch_size=200) for t in (1.0, 0.0))
     exact = [sum(measure(unseen, written)["exact"]) / HELD_OUT for written in (sampled, likeliest)]
-    return sum(score(unseen, sampled)) / HELD_OUT, *exact
+    return sum(score(unseen, sampled)) / HELD_OUT, exact[0], exact[1]

@@ -41,7 +41,9 @@ def test_the_command_leaves_a_table_a_curve_and_a_policy(tmp_path, capsys, monke
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "policy")
     assert model.config.dropout == 0.1
-    tokens = AutoTokenizer.from_pretrained(tmp_path / "policy")(["ba"], return_tensors="pt", return_token_type_ids=False)
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "policy")(
+        ["ba"], return_tensors="pt", return_token_type_ids=False
+    )
     assert model.generate(**tokens, max_new_tokens=3).shape[0] == 1
 
 
