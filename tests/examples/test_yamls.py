@@ -9,28 +9,17 @@ from lightning_rlhf.cli import main
 from lightning_rlhf.examples.randomwalks.parts import Starts
 from lightning_rlhf.examples.randomwalks.task import RandomWalks
 from lightning_rlhf.examples.randomwalks.training import RECIPES
-from lightning_rlhf.examples.seq2seq import task as seq2seq
 from tests.networks import network
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 YAMLS = sorted(EXAMPLES.rglob("*.yaml"))
 # What a YAML begins from, if an example is to write it first.
-FOLDERS = {
-    "outputs/randomwalks/warm-start": lambda: (small_walks(), RandomWalks().tokenizer()),
-    "outputs/seq2seq/warm-start": lambda: (seq2seq.t5(), seq2seq.tokenizer()),
-}
-
-
-def small_walks():
-    config = RandomWalks().config()
-    config.n_layer, config.n_embd = 2, 24
-    return config
+FOLDERS = {"outputs/randomwalks/warm-start": RandomWalks}
 
 
 def test_there_are_yamls():
     names = {path.relative_to(EXAMPLES).as_posix() for path in YAMLS}
     assert {f"randomwalks/{name}.yaml" for name in ("sft", "ppo", "grpo")} <= names
-    assert {f"seq2seq/{name}.yaml" for name in ("sft", "ppo")} <= names
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
@@ -56,9 +45,11 @@ def test_an_example_runs_as_it_is_written(path, tmp_path, monkeypatch, capsys):
     run = yaml.safe_load(path.read_text())
     policy = run["model"]["init_args"]["policy"]
     if str(policy) in FOLDERS:
-        config, tokenizer = FOLDERS[policy]()
+        task = FOLDERS[policy]()
+        config = task.config()
+        config.n_layer, config.n_embd = 2, 24
         network(config).save_pretrained(policy)
-        tokenizer.save_pretrained(policy)
+        task.tokenizer().save_pretrained(policy)
     limits = [
         "max_epochs=1",
         "limit_train_batches=1",

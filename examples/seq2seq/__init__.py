@@ -1,1 +1,0 @@
-"""Letters put in order by an encoder-decoder."""
