@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from lightning_rlhf.models.decoder import Decoder, same_logits
 from lightning_rlhf.models.trunk import Trunk
@@ -66,12 +67,12 @@ def _keep_trunk(decoder: Decoder, trunk: Trunk) -> None:
         with trunk.learning_forms(decoder.model), torch.no_grad():
             decoder(tokens, mask, keep=2)
         decoder.trunk = trunk
-        whole = decoder(tokens, mask, keep=2)
-        assert whole.trunk is not None
-        begun = decoder(tokens[1:], mask[1:], keep=2, trunk=whole.trunk[1:])
-        keeps = not whole.trunk.requires_grad and same_logits(begun.logits, whole.logits[1:])
-    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError):
-        keeps = False  # whatever a forward that does not fit stumbles over
+        keeps = _begins_in_its_middle(decoder, tokens, mask)
+        if not keeps and trunk.more:
+            trunk.needs_more = True
+            keeps = _begins_in_its_middle(decoder, tokens, mask)
+    except (AttributeError, TypeError):
+        keeps = False  # a block returns something that has no length
     finally:
         decoder.train(was_training)
     if not keeps:
@@ -79,3 +80,14 @@ def _keep_trunk(decoder: Decoder, trunk: Trunk) -> None:
         rank_zero_warn(
             f"{type(decoder.model).__name__} cannot begin in its middle: its frozen blocks run in every pass."
         )
+
+
+def _begins_in_its_middle(decoder: Decoder, tokens: Tensor, mask: Tensor) -> bool:
+    """Whether a pass over some rows with what was kept of them is the whole pass."""
+    try:
+        whole = decoder(tokens, mask, keep=2)
+        assert whole.trunk is not None
+        begun = decoder(tokens[1:], mask[1:], keep=2, trunk=whole.trunk[1:])
+    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError):
+        return False  # whatever a forward that does not fit stumbles over
+    return not whole.trunk.requires_grad and same_logits(begun.logits, whole.logits[1:])

@@ -16,9 +16,9 @@ class Trunk:
     """Where a decoder begins to train, and how to begin there.
 
     In the list of blocks the frozen ones are swapped for stand-ins, the first of which returns the states that were
-    kept; then the model's own forward runs, with its own masks, positions, final norm and head. Where blocks return
-    more than states (T5's first one makes the position bias of all), the first one runs all the same, for what else it
-    returns, and if that is alike for all rows, it runs on one of them.
+    kept; then the model's own forward runs, with its own masks, positions, final norm and head. Where later blocks need
+    what the first one returns beside its states (T5's makes the position bias of all), it runs all the same, on a single
+    row if that is alike for all.
 
     Args:
         frozen: Names of the blocks below, in order; none where only an encoder is frozen.
@@ -30,6 +30,7 @@ class Trunk:
         self.branch = branch
         self.forms: dict[str, tuple[type, int]] = {}  # what each frozen block returns, and how long it is
         self.more: list[Tensor] = []  # what the first one returned beside its states
+        self.needs_more = False  # whether later blocks need it
 
     @contextmanager
     def watched(self, model: nn.Module) -> Iterator[list[Tensor]]:
@@ -89,7 +90,7 @@ class Trunk:
         standins = {name: _StandIn(*self.forms[name], beside) for name in self.frozen}
         for name in self.frozen[:1]:
             standins[name].kept = states.contiguous()
-            if self.more:
+            if self.needs_more:
                 standins[name].block = (model.get_submodule(name),)
                 standins[name].rows = 1 if all(len(values) == 1 for values in self.more) else len(states)
         return swapped(model, standins)

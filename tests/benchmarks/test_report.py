@@ -103,7 +103,9 @@ def test_every_table_of_the_page_is_made_by_a_command_that_it_names():
     for program, line in made[: [program for program, _ in made].index("profile") + 2]:
         words = line.split()
         options = {word: words[i + 1] for i, word in enumerate(words) if word.startswith("--")}
-        rows = words[: next(i for i, word in enumerate(words) if word.startswith("--"))] or [options.get("--row", "ppo")]
+        rows = words[: next(i for i, word in enumerate(words) if word.startswith("--"))] or [
+            options.get("--row", "ppo")
+        ]
         name = "-".join([*rows, options["--size"], options.get("--lengths", "full")])
         name += f"-top{options['--unfrozen']}" if "--unfrozen" in options else ""
         name += "-onednn-mkl" if "--kernel" in options else ""
