@@ -16,9 +16,9 @@ class Trunk:
     """Where a decoder begins to train, and how to begin there.
 
     In the list of blocks the frozen ones are swapped for stand-ins, the first of which returns the states that were
-    kept; then the model's own forward runs, with its own masks, positions, final norm and head. Where later blocks need
-    what the first one returns beside its states (T5's makes the position bias of all), it runs all the same, on a single
-    row if that is alike for all.
+    kept; then the model's own forward runs, with its own masks, positions, final norm and head. Where later blocks
+    need what the first one returns beside its states (T5's makes the position bias of all), it runs all the same, on a
+    single row if that is alike for all.
 
     Args:
         frozen: Names of the blocks below, in order; none where only an encoder is frozen.
