@@ -127,9 +127,6 @@ class Scripted:
     def check_room(self, prompt_mask: torch.Tensor, max_new_tokens: int) -> None:
         """There always is some."""
 
-    def check_padding(self, prompt_mask: Tensor) -> None:
-        pass
-
     def begin(self, prompt_tokens: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, None]:
         return prompt_tokens, prompt_mask, None
 

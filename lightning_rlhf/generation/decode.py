@@ -97,7 +97,6 @@ class DecodeLoop:
             ValueError: If a prompt leaves no room for its response, or is padded and the model cannot be.
         """
         self.policy.check_room(prompt_mask, self.sampling.max_new_tokens)
-        self.policy.check_padding(prompt_mask)
         batch, device = len(prompt_tokens) * group_size, prompt_tokens.device
         out = _Columns(batch, self.sampling.max_new_tokens, self.special.pad, device)
         uniforms = uniforms.to(device)

@@ -14,8 +14,16 @@ from lightning_rlhf.functional.head import head_logprobs
 from lightning_rlhf.functional.logprobs import response_logprobs
 from lightning_rlhf.models.adapters import Adapters
 from lightning_rlhf.models.blocks import Blocks, find_blocks, hooked, instead
-from lightning_rlhf.models.outputs import DecoderOutput, Said
-from lightning_rlhf.models.reading import Reading, Responses, padded, positions_of, unpadded
+from lightning_rlhf.models.outputs import DecoderOutput, Said, same_logits
+from lightning_rlhf.models.reading import (
+    Reading,
+    Responses,
+    first_with_prompt,
+    padded,
+    pays,
+    positions_of,
+    unpadded,
+)
 from lightning_rlhf.models.trunk import Trunk
 
 if TYPE_CHECKING:
@@ -35,6 +43,7 @@ class Decoder(nn.Module):
         is_plain: Whether its logits are the product of states and head, with nothing after it.
         unpads: Whether it reads rows that lie one behind the other.
         shares: Whether it may then read a prompt once that several rows have: not where dropout is to differ.
+        block_size: Parameters of its largest block; 0 where blocks were not found.
         is_compiled: Whether its blocks are compiled, for passes that train.
         blocks: Where it can be cut; None where that is not known.
         encoder_blocks: Names of an encoder's blocks.
@@ -54,6 +63,7 @@ class Decoder(nn.Module):
         self.pads = "attention_mask" in self.accepted
         self.chooses = True
         self.is_plain = self.unpads = self.shares = self.is_compiled = False
+        self.block_size = 0
         self.blocks: Blocks | None = None
         self.encoder_blocks: tuple[str, ...] = ()
         self.trunk: Trunk | None = None
@@ -90,6 +100,9 @@ class Decoder(nn.Module):
         """Finds the blocks by watching a pass."""
         layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", 0)
         self.blocks = find_blocks(self.model, layers, lambda: self(*self.sample(), keep=1))
+        if self.blocks is not None:
+            blocks = (self.model.get_submodule(name) for name in self.blocks.blocks)
+            self.block_size = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
 
     def begin(
         self, prompt_tokens: Int[Tensor, "batch prompt"], prompt_mask: Bool[Tensor, "batch prompt"]
@@ -102,7 +115,11 @@ class Decoder(nn.Module):
 
         Returns:
             Tokens to be read, their mask, and the cache that goes with them: here the prompt, and none.
+
+        Raises:
+            ValueError: If prompts must be padded and the model cannot be.
         """
+        self.check_padding(prompt_mask)
         return prompt_tokens, prompt_mask, None
 
     def forward(
@@ -136,10 +153,11 @@ class Decoder(nn.Module):
             return states[-1], *inputs[1:]
 
         positions = positions_of(mask)[:, -tokens.shape[1] :]
+        given = self._given(cache)
         with hooked(self.model.get_output_embeddings(), read), self._watched(trunk) as seen:
-            output = self._run(tokens, mask.long(), positions, keep, trunk, use_cache=use_cache, **self._given(cache))
+            output = self._run(tokens, mask.long(), positions, keep, trunk, use_cache=use_cache, **given)
         kept = output.past_key_values if use_cache else None
-        if kept is not None:
+        if kept is not None and "past_key_values" not in given:  # the first time
             from lightning_rlhf.models.cache import give_room  # imports transformers, which is there by now
 
             give_room(kept)
@@ -149,18 +167,54 @@ class Decoder(nn.Module):
         """What goes with the tokens of a step."""
         return {} if cache is None else {"past_key_values": cache}
 
-    def reading(self, batch: Responses, trunk: Float[Tensor, "batch joined width"] | None, in_line: bool) -> Reading:
+    def line(self, batch: Responses) -> list[int] | None:
+        """Says how rows may lie one behind the other, and whether they should.
+
+        Args:
+            batch: Prompts and responses.
+
+        Returns:
+            For each row, the one whose prompt it looks at; None where rows are padded: on a GPU, where every row and
+            block would be a kernel of its own, and where padding costs less than attending row by row.
+        """
+        if not (self.unpads and batch.prompt_tokens.is_cpu and bool(batch.prompt_mask[:, -1].all())):
+            return None
+        first = first_with_prompt(batch, self.shares)
+        return first if not self.pads or pays(batch, first, self.block_size) else None
+
+    def reading(self, batch: Responses, trunk: Float[Tensor, "batch joined width"] | None) -> Reading:
         """What is to be read in order to learn how likely responses were.
 
         Args:
             batch: Prompts and responses; what lies in the padding changes nothing.
             trunk: What the frozen blocks made of them, where it was kept.
-            in_line: Whether rows may lie one behind the other.
 
         Returns:
             What :meth:`read` reads.
+
+        Raises:
+            ValueError: If prompts must be padded and the model cannot be.
         """
-        return unpadded(batch, trunk, self.shares) if in_line else padded(batch, trunk, self.chooses)
+        first = self.line(batch)
+        if first is not None:
+            return unpadded(batch, trunk, first)
+        self.check_padding(batch.prompt_mask)
+        return padded(batch, trunk, self.chooses)
+
+    def check_padding(self, prompt_mask: Bool[Tensor, "batch prompt"]) -> None:
+        """Refuses prompts of different lengths where the model cannot be padded.
+
+        Args:
+            prompt_mask: True where a token is real.
+
+        Raises:
+            ValueError: If some token is padding, and the model cannot be padded.
+        """
+        if not self.pads and not bool(prompt_mask.all()):
+            raise ValueError(
+                f"`policy={type(self.model).__name__}` cannot be padded on the left, and the prompts of this batch "
+                "differ in length: use prompts of one length, or a batch size of 1."
+            )
 
     def read(self, reading: Reading, temperature: float = 1.0) -> Said:
         """Says of tokens how likely they were.
@@ -207,21 +261,6 @@ class Decoder(nn.Module):
             return nullcontext([] if trunk is None else [trunk])
         return self.trunk.watched(self.model)
 
-    def compile(self, **options: Any) -> None:
-        """Compiles the blocks, each by itself; lengths may differ from pass to pass.
-
-        Args:
-            **options: Of ``torch.compile``.
-
-        Raises:
-            ValueError: If the blocks were not found.
-        """
-        if self.blocks is None:
-            raise ValueError(f"`compile`: the blocks of {type(self.model).__name__} were not found: leave it out.")
-        for name in self.blocks.blocks:
-            self.model.get_submodule(name).compile(**{"dynamic": True, **options})
-        self.is_compiled = True
-
     def _run(
         self, tokens: Tensor, mask: Tensor, positions: Tensor, keep: int, trunk: Tensor | None, **more: Any
     ) -> Any:
@@ -259,21 +298,3 @@ class Decoder(nn.Module):
 def _last(values: Tensor, keep: int) -> Tensor:
     """The last positions; what has no others is no slice, whose gradient would be copied into zeros."""
     return values if values.shape[1] == keep else values[:, -keep:]
-
-
-def same_logits(logits: Tensor, expected: Tensor, spread: float | None = None) -> bool:
-    """Whether logits or log-probs differ by rounding only.
-
-    Args:
-        logits: Of one way to call a model.
-        expected: Of another.
-        spread: What differences are measured against; by default the standard deviation of what is expected.
-
-    Returns:
-        Whether the shapes are equal, and the differences small.
-    """
-    tolerance = 1e-3 if torch.finfo(expected.dtype).bits >= 32 else 0.1
-    if logits.shape != expected.shape:
-        return False
-    logits, expected = logits.float(), expected.float()
-    return bool((logits - expected).abs().max() <= tolerance * (expected.std() if spread is None else spread))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightning_rlhf.batches import ImitationBatch
 from lightning_rlhf.models.blocks import find_blocks
-from lightning_rlhf.models.decoder import Decoder, same_logits
+from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.encoded import Encoded
-from lightning_rlhf.models.outputs import DecoderOutput
+from lightning_rlhf.models.outputs import DecoderOutput, same_logits
 from lightning_rlhf.models.reading import Reading, Responses, aligned, padded, source_of
 
 if TYPE_CHECKING:
@@ -170,14 +170,13 @@ class EncoderDecoder(Decoder):
         output.cache = replace(cache, past=output.cache)
         return output
 
-    def reading(self, batch: Responses, trunk: Tensor | None, in_line: bool) -> Reading:
+    def reading(self, batch: Responses, trunk: Tensor | None) -> Reading:
         """Prompts for the encoder, each of them once, and responses behind the prefix for the decoder.
 
         Args:
             batch: Prompts and responses; what lies in the padding changes nothing.
             trunk: What encoder and frozen blocks made of them, where it was kept. Not heeded where this model, a
                 reference say, has none: it was another's.
-            in_line: Always false.
 
         Returns:
             What :meth:`read` reads.

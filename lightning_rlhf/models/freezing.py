@@ -6,7 +6,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_rlhf.models.decoder import Decoder, same_logits
+from lightning_rlhf.models.decoder import Decoder
+from lightning_rlhf.models.outputs import same_logits
 from lightning_rlhf.models.trunk import Trunk
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -40,3 +41,21 @@ class Said:
     logprobs: Float[Tensor, ...]
     entropy: Float[Tensor, ...]
     states: Float[Tensor, "... width"]
+
+
+def same_logits(logits: Tensor, expected: Tensor, spread: float | None = None) -> bool:
+    """Whether logits or log-probs differ by rounding only.
+
+    Args:
+        logits: Of one way to call a model.
+        expected: Of another.
+        spread: What differences are measured against; by default the standard deviation of what is expected.
+
+    Returns:
+        Whether the shapes are equal, and the differences small.
+    """
+    tolerance = 1e-3 if torch.finfo(expected.dtype).bits >= 32 else 0.1
+    if logits.shape != expected.shape:
+        return False
+    logits, expected = logits.float(), expected.float()
+    return bool((logits - expected).abs().max() <= tolerance * (expected.std() if spread is None else spread))

@@ -91,10 +91,7 @@ class Policy(nn.Module):
         Raises:
             ValueError: If prompts are padded and the model cannot be.
         """
-        in_line = self.unpads(batch)
-        if not in_line:
-            self.check_padding(batch.prompt_mask)
-        reading = self.decoder.reading(batch, getattr(batch, "trunk", None), in_line)
+        reading = self.decoder.reading(batch, getattr(batch, "trunk", None))
         said = self.decoder.read(reading, self.temperature)
         values = self.value_head(said.states) if with_values and self.value_head is not None else None
         if reading.chosen is None:
@@ -121,7 +118,7 @@ class Policy(nn.Module):
         """
         logprobs = torch.zeros_like(rollouts.old_logprobs)
         everything = torch.arange(len(rollouts), device=rollouts.response_mask.device)
-        parts = pieces(rollouts, everything, self.unpads(rollouts), size, tokens)
+        parts = pieces(rollouts, everything, self.decoder.line(rollouts) is not None, size, tokens)
         parts += parts[:1] * (most(len(parts)) - len(parts))
         was_training = self.training
         self.eval()
@@ -132,32 +129,6 @@ class Policy(nn.Module):
         finally:
             self.train(was_training)
         return torch.where(rollouts.response_mask, logprobs, 0.0)
-
-    def unpads(self, batch: Responses) -> bool:
-        """Whether rows are read one behind the other.
-
-        Args:
-            batch: The rows.
-
-        Returns:
-            The answer. On a GPU, where every row and block would be a kernel of its own, rows are padded.
-        """
-        return self.decoder.unpads and batch.prompt_tokens.is_cpu and bool(batch.prompt_mask[:, -1].all())
-
-    def check_padding(self, prompt_mask: Bool[Tensor, "batch prompt"]) -> None:
-        """Refuses prompts of different lengths where the model cannot be padded.
-
-        Args:
-            prompt_mask: True where a token is real.
-
-        Raises:
-            ValueError: If some token is padding, and the model cannot be padded.
-        """
-        if not self.decoder.pads and not bool(prompt_mask.all()):
-            raise ValueError(
-                f"`policy={type(self.decoder.model).__name__}` cannot be padded on the left, and the prompts of this "
-                "batch differ in length: use prompts of one length, or a batch size of 1."
-            )
 
     def check_room(self, prompt_mask: Bool[Tensor, "batch prompt"], max_new_tokens: int) -> None:
         """Refuses prompts that leave no room for a response.

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lightning_rlhf.batches import ImitationBatch
 from lightning_rlhf.models.attention import install, uninstall
-from lightning_rlhf.models.decoder import Decoder, same_logits
-from lightning_rlhf.models.reading import Reading, padded, unpadded
+from lightning_rlhf.models.decoder import Decoder
+from lightning_rlhf.models.outputs import same_logits
+from lightning_rlhf.models.reading import Reading, first_with_prompt, padded, unpadded
 
 
 @torch.no_grad()
@@ -83,7 +84,9 @@ def _unpads(decoder: Decoder, tokens: Tensor) -> bool:
     rows[2].prompt_tokens, rows[2].prompt_mask = prompts[2:, 1:], is_prompt[2:, 1:]
     expected = torch.cat([decoder.read(padded(row, None, False)).logprobs for row in rows], dim=1)
     try:
-        found = same_logits(decoder.read(unpadded(batch, None, True)).logprobs, expected, spread=1.0)
+        found = same_logits(
+            decoder.read(unpadded(batch, None, first_with_prompt(batch, shares=True))).logprobs, expected, spread=1.0
+        )
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         found = False  # whatever a forward that does not fit stumbles over
     if not found:

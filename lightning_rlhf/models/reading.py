@@ -20,6 +20,12 @@ MULTIPLE = 32
 shape and kept, and a length of its own for every pass would cost time and memory."""
 
 
+ROW = 2**22
+"""What it costs a block to attend to a row by itself, in the unit of a token times the block's parameters."""
+TOKEN = 2**17
+"""What a token costs a block beside its parameters, in the same unit; both measured on a CPU, forward and backward."""
+
+
 class Responses(Protocol):
     """Prompts, padded left, and what was written after them, padded right."""
 
@@ -96,18 +102,17 @@ def padded(batch: Responses, trunk: Tensor | None, chooses: bool) -> Reading:
     return Reading(tokens, positions, mask, keep, targets.flatten()[chosen][None], chosen, trunk)
 
 
-def unpadded(batch: Responses, trunk: Tensor | None, shares: bool) -> Reading:
+def unpadded(batch: Responses, trunk: Tensor | None, first: list[int]) -> Reading:
     """Rows one behind the other.
 
     Args:
         batch: Prompts and responses; no prompt is empty.
         trunk: Of the padded tokens, where it was kept.
-        shares: Whether a prompt that is there several times is read once.
+        first: For each row, the one whose prompt it looks at, as :func:`first_with_prompt` says.
 
     Returns:
         The reading.
     """
-    first = _first_with_prompt(batch) if shares else list(range(len(batch.prompt_tokens)))
     is_first = torch.tensor([i == j for i, j in enumerate(first)], device=batch.prompt_mask.device)
     prompt, response = batch.prompt_mask & is_first[:, None], batch.response_mask
     joined = torch.cat([prompt, response[:, 1:]], dim=1)  # token t of a response is read in order to predict t + 1
@@ -142,7 +147,7 @@ def source_of(batch: Responses, states: Tensor | None, shares: bool) -> Source:
     mask = aligned(batch.prompt_mask, batch.prompt_mask, "right")
     if states is not None:
         return Source(tokens, mask, None, aligned(states, batch.prompt_mask, "right"))
-    first = _first_with_prompt(batch) if shares else list(range(len(tokens)))
+    first = first_with_prompt(batch, shares)
     numbers = {row: i for i, row in enumerate(dict.fromkeys(first))}
     if len(numbers) == len(first):
         return Source(tokens, mask)
@@ -171,18 +176,45 @@ def aligned(values: Shaped[Tensor, "batch columns *width"], mask: Tensor, side: 
     return torch.where(is_real, values.gather(1, index.expand_as(values)), torch.zeros((), dtype=values.dtype))
 
 
-def _first_with_prompt(batch: Responses) -> list[int]:
-    """For each row, the first row that has its prompt."""
+def first_with_prompt(batch: Responses, shares: bool) -> list[int]:
+    """For each row, the first row that has its prompt.
+
+    Args:
+        batch: Prompts and responses.
+        shares: Whether a prompt that is there several times is read once; if not, each row is its own.
+
+    Returns:
+        Numbers of rows.
+    """
+    if not shares:
+        return list(range(len(batch.prompt_tokens)))
     seen: dict[tuple[int, ...], int] = {}
     prompts = torch.where(batch.prompt_mask, batch.prompt_tokens, -1).tolist()
     return [seen.setdefault(tuple(row), i) for i, row in enumerate(prompts)]
+
+
+def pays(batch: Responses, first: list[int], block_size: int) -> bool:
+    """Whether rows in line cost less than padded ones: whether enough padding is saved for attending row by row.
+
+    Args:
+        batch: Prompts and responses.
+        first: For each row, the one whose prompt it looks at.
+        block_size: Parameters of a block.
+
+    Returns:
+        The answer.
+    """
+    columns = batch.prompt_mask.shape[1] + batch.response_mask.shape[1] - 1
+    prompts = batch.prompt_mask.sum(1).tolist()
+    read = sum(prompts[i] for i in set(first)) + int((batch.response_mask.sum(1) - 1).clamp(min=0).sum())
+    return (len(first) * columns - read) * (block_size + TOKEN) >= len(first) * ROW
 
 
 def _segments(batch: Responses, first: list[int]) -> list[list[int]]:
     """Length of each segment in the line, and the number of the segment that it looks back at too, or -1."""
     prompts = batch.prompt_mask.sum(1).tolist()
     responses = (batch.response_mask.sum(1) - 1).clamp(min=0).tolist()
-    shared = {i for i, j in zip(range(len(first)), first, strict=True) if first.count(j) > 1} if first else set()
+    shared = {i for i, j in enumerate(first) if first.count(j) > 1}
     segments: list[list[int]] = []
     number: dict[int, int] = {}  # of the segment of a shared prompt
     for i, j in enumerate(first):

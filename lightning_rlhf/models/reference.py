@@ -42,9 +42,8 @@ class Reference:
         Returns:
             The reference.
         """
-        decoder = type(policy.decoder)(copy.deepcopy(policy.decoder.model))
-        for name in ("pads", "caches", "chooses", "is_plain", "unpads", "shares", "blocks", "encoder_blocks"):
-            setattr(decoder, name, getattr(policy.decoder, name))
+        decoder = copy.deepcopy(policy.decoder)
+        decoder.trunk, decoder.is_compiled = None, False  # all of it runs, and a copy is not compiled
         return cls(Policy(decoder, policy.temperature), is_named)
 
     @property

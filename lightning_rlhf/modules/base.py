@@ -21,6 +21,7 @@ from lightning_rlhf.data.base import RLHFDataModule, run_seed
 from lightning_rlhf.data.settled import count_logged, go_on_with_a_new_epoch
 from lightning_rlhf.generation.sampling import Sampling, SamplingChanges
 from lightning_rlhf.models.activations import fuse_activations
+from lightning_rlhf.models.compiling import compile_blocks
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.dropout import disable_dropout
 from lightning_rlhf.models.encoder_decoder import decoder_of
@@ -154,7 +155,7 @@ class RLHFModule(SavedModule):
             )
         freeze(decoder, self.spec.num_layers_unfrozen)
         if self.compile_options is not False:
-            decoder.compile(**({} if self.compile_options is True else self.compile_options))
+            compile_blocks(decoder, **({} if self.compile_options is True else self.compile_options))
         self.policy = Policy(decoder, self.sampling.temperature or 1.0)
         if self.with_value_head:
             self.policy.value_head = ValueHead(decoder.width).to(decoder.model.get_output_embeddings().weight.device)

@@ -127,7 +127,7 @@ class ManualModule(RLHFModule):
             minibatch_size=self.minibatch_size,
             micro_batch_size=self.micro_batch_size,
             micro_batch_tokens=self.micro_batch_tokens,
-            unpads=self.policy.unpads(experience),
+            unpads=self.policy.decoder.line(experience) is not None,
             averaging=self.averaging,
             length=self.sampling.max_new_tokens,
             generator=generator,

@@ -154,7 +154,7 @@ def test_a_prompt_that_several_rows_share_is_encoded_once() -> None:
 @pytest.mark.invariant(5)
 def test_the_encoder_reads_prompts_padded_right_and_the_decoder_begins_behind_its_prefix() -> None:
     decoder = policy_of("bart_forced").decoder
-    reading = decoder.reading(written([[1, 2], [3, 4, 6]], [[7, 8], [9]], pad=20), None, False)
+    reading = decoder.reading(written([[1, 2], [3, 4, 6]], [[7, 8], [9]], pad=20), None)
     assert reading.source.tokens.tolist() == [[1, 2, 0], [3, 4, 6]]
     assert reading.source.mask.tolist() == [[True, True, False], [True] * 3]
     assert reading.tokens.tolist() == [[EOS, FORCED, 7], [EOS, FORCED, 9]]

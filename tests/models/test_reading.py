@@ -14,7 +14,7 @@ from lightning_rlhf.models.freezing import freeze
 from lightning_rlhf.models.heads import ValueHead
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.probing import probe
-from lightning_rlhf.models.reading import padded, pieces, unpadded
+from lightning_rlhf.models.reading import first_with_prompt, padded, pays, pieces, unpadded
 from tests.networks import ARCHITECTURES, deep, network, random_rows, tiny_gpt2, written
 
 UNPADS = ["gpt2", "gpt_neox", "opt", "llama", "qwen3", "gemma", "mistral", "phi", "gpt_bigcode", "mixtral"]
@@ -31,6 +31,7 @@ def policy_of(config: Any, num_layers_unfrozen: int = -1) -> Policy:
     probe(decoder)
     freeze(decoder, num_layers_unfrozen)
     decoder.shares = True
+    decoder.block_size = 10**9  # of such blocks padding always costs more than attending row by row
     return Policy(decoder, 0.7, ValueHead(decoder.width)).eval()
 
 
@@ -135,7 +136,7 @@ def test_a_long_line_is_filled_up_and_nothing_changes() -> None:
     policy = policy_of(tiny_gpt2()).double()
     prompts, responses = random_rows([20] * 12, seed=6), random_rows([9, 11, 7] * 4, seed=7)
     batch = written(prompts, responses)
-    line = unpadded(batch, None, shares=False)
+    line = unpadded(batch, None, first_with_prompt(batch, shares=False))
     real = sum(len(row) for row in prompts) + sum(len(row) - 1 for row in responses)
     assert real % 32 != 0
     assert line.tokens.shape[1] == int(line.mask[..., 0].sum()) == real + 32 - real % 32
@@ -147,13 +148,13 @@ def test_a_long_line_is_filled_up_and_nothing_changes() -> None:
 @pytest.mark.invariant(5)
 def test_a_line_of_two_rows_by_hand() -> None:
     batch = written([[4, 5], [4, 5]], [[6, 7], [8, 9, 10]])
-    reading = unpadded(batch, None, shares=True)
+    reading = unpadded(batch, None, first_with_prompt(batch, shares=True))
     assert reading.tokens.tolist() == [[4, 5, 6, 8, 9]]
     assert reading.positions.tolist() == [[0, 1, 2, 2, 3]]
     assert reading.chosen.tolist() == [1, 2, 1, 3, 4]
     assert reading.targets.tolist() == [[6, 7, 8, 9, 10]]
     assert reading.mask.tolist() == [[[[2, -1], [1, 0], [2, 0]]]]
-    apart = unpadded(batch, None, shares=False)
+    apart = unpadded(batch, None, first_with_prompt(batch, shares=False))
     assert apart.tokens.tolist() == [[4, 5, 6, 4, 5, 8, 9]]
     assert apart.chosen.tolist() == [1, 2, 4, 5, 6]
     assert apart.mask.tolist() == [[[[3, -1], [4, -1]]]]
@@ -163,6 +164,29 @@ def test_an_export_does_not_name_our_attention(tmp_path: Any) -> None:
     policy = policy_of(tiny_gpt2())
     policy.decoder.model.save_pretrained(tmp_path)
     assert "lightning_rlhf" not in (tmp_path / "config.json").read_text()
+
+
+def test_short_rows_of_a_small_network_are_padded_and_long_ones_of_a_large_network_are_not() -> None:
+    short = written(random_rows([4] * 8), random_rows([6, 9] * 4))
+    long = written(random_rows([48, 64] * 4), random_rows([40, 64] * 4))
+    small, large = 280_000, 3_150_000  # parameters of the blocks of random walks' network, and of one of width 512
+    assert [pays(batch, list(range(8)), size) for size in (small, large) for batch in (short, long)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    no_padding = written(random_rows([48] * 8), random_rows([64] * 8))
+    assert not pays(no_padding, list(range(8)), large)
+    assert pays(no_padding, [0] * 8, large)  # of one prompt
+
+
+def test_what_cannot_be_padded_is_put_in_line_even_where_that_costs_more() -> None:
+    policy, batch = policy_of(tiny_gpt2()), written(PROMPTS, RESPONSES)
+    policy.decoder.block_size = 0
+    assert policy.decoder.line(batch) is None
+    policy.decoder.pads = False
+    assert policy.decoder.line(batch) == [0, 1, 0, 3, 0, 3]
 
 
 ROWS = torch.tensor([5, 0, 3, 1, 4, 2])

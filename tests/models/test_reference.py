@@ -35,7 +35,7 @@ def scored(policy: Policy, order: list[int], batch_size: int) -> Tensor:
 
     Where padding costs nothing they are taken as they come.
     """
-    order = sorted(order) if policy.decoder.unpads else order
+    order = sorted(order) if policy.decoder.line(rollouts()) is not None else order
     logprobs = torch.zeros(len(PROMPTS), max(map(len, RESPONSES)))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
