@@ -92,6 +92,10 @@ ALGORITHMS: dict[str, Any] = {
     ),
     "grpo": functools.partial(online, GRPOModule, group_size=3, micro_batch_size=2),
     "grpo_hydra": lambda **more: online(GRPOModule, policy_of(2, layers=6), group_size=4, divide_by_std=False, **more),
+    # As many tokens make unlike numbers of passes of the two processes, and importance is off 1 by rounding alone.
+    "ppo_by_tokens": functools.partial(
+        online, PPOModule, micro_batch_tokens=10, recompute_logprobs=True, importance_cap=2.0
+    ),
     "ppo_lora": lambda **more: online(PPOModule, with_adapter(), micro_batch_size=1, **more),
     "ppo_t5": lambda **more: online(PPOModule, t5(), micro_batch_size=2, **more),
     "grpo_t5_hydra": lambda **more: online(GRPOModule, t5(1, layers=3), group_size=3, **more),
@@ -183,6 +187,7 @@ def learns(name: str, strategy: str, folder: Path) -> dict[str, Any]:
 ppo = functools.partial(learns, "ppo")
 ppo_hydra = functools.partial(learns, "ppo_hydra")
 ppo_loss = functools.partial(learns, "ppo_loss")
+ppo_by_tokens = functools.partial(learns, "ppo_by_tokens")
 ppo_lora = functools.partial(learns, "ppo_lora")
 grpo = functools.partial(learns, "grpo")
 grpo_silent = functools.partial(learns, "grpo_silent")
@@ -477,6 +482,7 @@ SAME = [
     "ppo",
     "ppo_hydra",
     "ppo_loss",
+    "ppo_by_tokens",
     "ppo_lora",
     "grpo",
     "grpo_hydra",
