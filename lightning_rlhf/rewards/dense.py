@@ -93,7 +93,7 @@ def token_scores(
             (i for i, (a, b) in enumerate(zip(text, response, strict=False)) if a != b), min(len(text), len(response))
         )
 
-    if ids and tokenizer.decode(ids, skip_special_tokens=True) != response:
+    if tokenizer.decode(ids, skip_special_tokens=True) != response:
         raise ValueError(f"`response_tokens` are not those of the response {response!r}.")
     if len(scores) != len(spans):
         raise ValueError(f"`scores` must be one for each of {len(spans)} parts of {response!r}, and are {len(scores)}.")
@@ -181,8 +181,7 @@ class DenseReward:
         return result
 
     def plain(self) -> dict[str, Any] | None:
-        """What makes the same again, as plain values; None where a function cannot be imported."""
+        """What makes the same again, as plain values; None where a function or the class cannot be imported."""
         names = {key: value if isinstance(value, str) else dotted_name(value) for key, value in self._given.items()}
-        if None in names.values():
-            return None
-        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": names}
+        class_path = dotted_name(type(self))
+        return None if class_path is None or None in names.values() else {"class_path": class_path, "init_args": names}
