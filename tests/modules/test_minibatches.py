@@ -39,7 +39,9 @@ def experience(lengths=LENGTHS, silent=(), first=0):
     )
     # What does not count is large enough to be seen if it did.
     per_token = torch.where(sampled, marks[:, None] + 0.01 * torch.arange(max(lengths)), 1e6)
-    scores = Scores(total=marks, by_name={"one": 2 * marks}, token_scores=per_token)
+    scores = Scores(
+        total=marks, by_name={"one": 2 * marks}, token_scores=per_token, tokens_by_name={"one": 2 * per_token}
+    )
     return Experience.from_rollouts(rollouts, scores=scores, advantages=per_token)
 
 
@@ -130,6 +132,7 @@ def test_everything_a_row_has_stays_with_it():
                 expected = [pytest.approx(row + 0.01 * t, abs=1e-5) for t in range(length)]
                 assert batch.advantages[i, :length].tolist() == expected
                 assert batch.scores.token_scores[i, :length].tolist() == expected
+                assert torch.equal(batch.scores.tokens_by_name["one"], 2 * batch.scores.token_scores)
                 assert bool((batch.weights[i, :length] > 0).all())
     assert sorted(seen) == sorted([*range(7)] * 2)
 
