@@ -154,9 +154,10 @@ def test_what_is_no_part_of_the_response_is_refused(spans, scores, complaint):
         on_tokens([0, 1], spans, scores)
 
 
-@pytest.mark.parametrize("ids", [[0, 1], []])
-def test_tokens_of_another_response_are_refused(ids):
-    with pytest.raises(ValueError, match="`response_tokens` are not those of the response 'ba'"):
+@pytest.mark.parametrize(("ids", "decoded"), [([0, 1], "ab"), ([], "")])
+def test_tokens_of_another_response_are_refused(ids, decoded):
+    complaint = f"`tokens` decode to '{decoded}', and the response is 'ba': give those that were sampled"
+    with pytest.raises(ValueError, match=complaint):
         token_scores("ba", ids, pieces(), [(0, 1)], [1.0])
 
 
