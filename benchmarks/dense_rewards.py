@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.curves import band, picture
 from benchmarks.randomwalks import be_quiet
 from lightning_rlhf import DenseReward, PPOModule, PromptDataModule
 
@@ -142,21 +143,11 @@ def plot(curves: dict[str, Tensor], path: Path) -> None:
         curves: (seed, iteration) each.
         path: Of the PNG.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name, scores in curves.items():
-        episodes = PROMPTS_AT_A_TIME * torch.arange(1, scores.shape[1] + 1)
-        (line,) = axes.plot(episodes, scores.mean(0), label=name)
-        axes.fill_between(episodes, scores.amin(0), scores.amax(0), alpha=0.15, color=line.get_color())
-    axes.set(xlabel="episodes", ylabel="mean score of the episodes", ylim=(0.0, 1.02))
-    axes.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with picture(path, figsize=(6, 4)) as axes:
+        for name, scores in curves.items():
+            band(axes, PROMPTS_AT_A_TIME * torch.arange(1, scores.shape[1] + 1), scores, name)
+        axes.set(xlabel="episodes", ylabel="mean score of the episodes", ylim=(0.0, 1.02))
+        axes.legend(loc="lower right")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import plain_ppo
+from benchmarks.curves import band, picture
 from benchmarks.randomwalks import be_quiet, warm_start
 from lightning_rlhf.examples.randomwalks.task import RandomWalks
 from lightning_rlhf.examples.randomwalks.training import RECIPES, Recipe, learn
@@ -117,24 +118,15 @@ def plot(runs: list[Runs], floor: float, path: Path) -> None:
         floor: What random walks score.
         path: Of the PNG.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for run in runs:
-        for axes, x in ((left, run.episodes), (right, run.seconds.mean(0))):
-            (line,) = axes.plot(x, run.rewards.mean(0), label=run.recipe.name)
-            axes.fill_between(x, run.rewards.amin(0), run.rewards.amax(0), alpha=0.15, color=line.get_color())
-    for axes, label in ((left, "episodes"), (right, "seconds, loading included")):
-        axes.axhline(floor, linestyle="--", color="tab:gray", label="random walks")
-        axes.set(xlabel=label, ylim=(0.0, 1.02))
-    left.set_ylabel("mean score of the episodes")
-    right.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with picture(path, nrows=1, ncols=2, figsize=(10, 4), sharey=True) as (left, right):
+        for run in runs:
+            for axes, x in ((left, run.episodes), (right, run.seconds.mean(0))):
+                band(axes, x, run.rewards, run.recipe.name)
+        for axes, label in ((left, "episodes"), (right, "seconds, loading included")):
+            axes.axhline(floor, linestyle="--", color="tab:gray", label="random walks")
+            axes.set(xlabel=label, ylim=(0.0, 1.02))
+        left.set_ylabel("mean score of the episodes")
+        right.legend(loc="lower right")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -97,10 +97,7 @@ class Rollouts(PromptBatch):
 
         def trim(name: str, value: Any) -> Any:
             if isinstance(value, Scores):
-                tokens = value.token_scores
-                tokens = None if tokens is None else tokens[:, :response]
-                by_token = {key: scores[:, :response] for key, scores in value.tokens_by_name.items()}
-                return Scores(total=value.total, by_name=value.by_name, token_scores=tokens, tokens_by_name=by_token)
+                return value._mapped(lambda x: x[:, :response] if x.dim() > 1 else x, lambda items: items)
             if not isinstance(value, Tensor) or value.dim() < 2:
                 return value
             if name == "trunk":

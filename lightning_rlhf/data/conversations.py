@@ -29,9 +29,10 @@ class ConversationDataModule(RLHFDataModule):
         validation: Rows of the same forms, for validation while training and for ``Trainer.validate``.
         test: Rows for ``Trainer.test``.
         batch_size: Rows of a batch, per process.
-        batch_tokens: Tokens of a batch of the training data instead, per process: as many rows as fit in. Rows lie one
-            behind the other and do not see each other (what others call packing, without attention across
-            documents). Which rows go together is drawn once, and the order of the batches every epoch.
+        batch_tokens: Tokens of a batch of the training data instead, per process: as many rows as fit in, padding not
+            counted. Where the policy reads rows one behind the other (on a CPU) nothing is padded: what others call
+            packing, without attention across documents. Which rows go together is drawn once, and the order of the
+            batches every epoch.
         shuffle: Whether every epoch has an order of its own.
         seed: Of the orders; what ``seed_everything`` set, else 0, by default.
         num_workers: Processes that collate.

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_rlhf.models.decoder import same_logits
 from lightning_rlhf.models.loading import ModelSpec, _check_folder
 from lightning_rlhf.models.quantization import quantization_config, steady
 
@@ -167,8 +168,8 @@ class Classifier:
         self.pools_by_pad = pools_by_pad
         longer = {"input_ids": [*letters[:3], *letters[:3], *ends]}
         beside = self.logits([row, longer])[:1]
-        tolerance = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1
-        pads = bool((alone - beside).abs().max() <= tolerance * alone.abs().max())
+        precision = self.model.get_input_embeddings().weight.dtype  # in which the logits were made
+        pads = same_logits(beside, alone.to(precision), spread=float(alone.abs().max()))
         if not pads:
             rank_zero_warn(
                 f"{type(self.model).__name__} cannot be padded on the right: it scores texts of one length at a time."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from abc import abstractmethod
 from collections.abc import Callable
@@ -216,7 +217,8 @@ class OnlineModule(PromptEvaluation, ManualModule):
             (batch, response), 0 in the padding.
         """
         size = self.micro_batch_size or self.minibatch_size
-        return score(rollouts, size, self.micro_batch_tokens, most_over_ranks)
+        most = functools.partial(most_over_ranks, device=rollouts.response_mask.device)
+        return score(rollouts, size, self.micro_batch_tokens, most)
 
     def whiten(self, x: Tensor, mask: Tensor) -> Tensor:
         """Mean 0 and variance 1 over what the mask counts on all ranks.

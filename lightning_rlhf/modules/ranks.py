@@ -48,18 +48,17 @@ def gather_over_ranks(tensor: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
-def most_over_ranks(number: int) -> int:
+def most_over_ranks(number: int, device: torch.device) -> int:
     """The largest of the numbers of all processes; a collective.
 
     Args:
         number: Of this process.
+        device: On which processes talk.
 
     Returns:
         The largest, on all.
     """
-    if not _is_distributed():
-        return number
-    return max(gather_objects(number))
+    return int(gather_over_ranks(torch.tensor(number, device=device)).max())
 
 
 def agree(error: Exception | None, what: str, rows: int, device: torch.device) -> int:

@@ -12,6 +12,7 @@ from lightning_rlhf.batches import Rollouts, Scores
 from lightning_rlhf.functional.advantages import token_rewards
 from lightning_rlhf.functional.masked import mean_and_variance, moments
 from lightning_rlhf.modules.ranks import sum_over_ranks
+from lightning_rlhf.rewards.combine import weighted_sum
 
 RewardScaling = Literal["running", "first"]
 """By which standard deviation scores are divided: of all so far, or of the first iteration's."""
@@ -99,21 +100,14 @@ class ScoreScaler:
         added = torch.stack([moments(scores.by_name[name], ~scores.by_name[name].isnan()) for name in names])
         for name, of_reward in zip(names, sum_over_ranks(added).cpu(), strict=True):
             self.moments_by_name[name] = self.moments_by_name[name] + of_reward
-        total = torch.zeros_like(scores.total)
-        per_token = torch.zeros(mask.shape, dtype=total.dtype, device=total.device)
-        for name, weight in self.weights.items():
-            mean, scale = (0.0, 1.0)
-            if name in self.moments_by_name:
-                mean, scale = _mean_and_scale(self.moments_by_name[name])
-            score = ((scores.by_name[name].double() - mean) / scale).nan_to_num(0.0).to(total.dtype)
-            total = total + weight * score
-            if name in scores.tokens_by_name:
-                shift = torch.where(scores.by_name[name].isnan(), 0.0, mean / scale).to(total.dtype)
-                tokens = scores.tokens_by_name[name].nan_to_num(0.0) / scale - token_rewards(shift, None, mask)
-            else:
-                tokens = token_rewards(score, None, mask)
-            per_token = per_token + weight * tokens
-        return total, None if scores.token_scores is None else per_token
+        by_name, tokens_by_name = dict(scores.by_name), dict(scores.tokens_by_name)
+        for name in names:
+            mean, scale = _mean_and_scale(self.moments_by_name[name])
+            by_name[name] = ((by_name[name].double() - mean) / scale).to(scores.total.dtype)
+            if name in tokens_by_name:
+                shift = torch.full_like(scores.total, mean / scale)
+                tokens_by_name[name] = tokens_by_name[name] / scale - token_rewards(shift, None, mask)
+        return weighted_sum(by_name, tokens_by_name, self.weights, mask)
 
     def state_dict(self) -> dict[str, Any]:
         """The moments so far, of the sum and of every reward that is normalised."""

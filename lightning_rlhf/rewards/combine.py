@@ -68,30 +68,22 @@ class CombinedReward:
         for model in self.models:
             model.to(device)
         results = {reward.name: reward(rollouts, tokenizer) for reward in self.rewards}
-        dense = {name for name, scores in results.items() if isinstance(scores[0], list)}
         by_name: dict[str, Tensor] = {}
         tokens_by_name: dict[str, Tensor] = {}
-        total = torch.zeros(len(rollouts), dtype=torch.float32, device=device)
-        per_token = torch.zeros(shape, dtype=torch.float32, device=device)
-        applies = torch.zeros(len(rollouts), dtype=torch.bool, device=device)
-        for (name, scores), weight in zip(results.items(), self.weights, strict=True):
-            if name in dense:
+        for name, scores in results.items():
+            if isinstance(scores[0], list):
                 tokens_by_name[name] = torch.stack([_padded(row, shape[1], device) for row in scores])
                 by_name[name] = tokens_by_name[name].sum(1)
-                tokens = tokens_by_name[name].nan_to_num(0.0)
             else:
                 by_name[name] = as_tensor(scores, device)
-                tokens = token_rewards(by_name[name].nan_to_num(0.0), None, rollouts.sampled_mask)
-            applies |= ~by_name[name].isnan()
-            total = total + weight * by_name[name].nan_to_num(0.0)
-            per_token = per_token + weight * tokens
+        applies = ~torch.stack(list(by_name.values())).isnan().all(0)
         if not bool(applies.all()):
             i = int((~applies).nonzero()[0])
             raise ValueError(
                 f"`reward` {self.name!r} gave None for response {i} ({rollouts.responses[i]!r}), and no other reward "
                 "applies to it: one must."
             )
-        token_scores = per_token if dense else None
+        total, token_scores = weighted_sum(by_name, tokens_by_name, self.weight_by_name, rollouts.sampled_mask)
         return Scores(total=total, by_name=by_name, token_scores=token_scores, tokens_by_name=tokens_by_name)
 
     @property
@@ -108,6 +100,33 @@ class CombinedReward:
     def name(self) -> str:
         """The names of all rewards."""
         return ", ".join(reward.name for reward in self.rewards)
+
+
+def weighted_sum(
+    by_name: Mapping[str, Tensor], tokens_by_name: Mapping[str, Tensor], weights: Mapping[str, float], mask: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Adds rewards up; one counts nothing where it does not apply.
+
+    Args:
+        by_name: (batch,) of every reward, NaN where it does not apply.
+        tokens_by_name: (batch, response) of every dense one, likewise.
+        weights: Of every reward.
+        mask: (batch, response), True where the policy chose a token.
+
+    Returns:
+        The sum, (batch,); and, where a reward is dense, the sum per token, (batch, response), in which the score of a
+        whole response lies on the last token.
+    """
+    total = torch.zeros(len(mask), dtype=torch.float32, device=mask.device)
+    per_token = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    for name, weight in weights.items():
+        score = by_name[name].nan_to_num(0.0)
+        total = total + weight * score
+        if tokens_by_name:
+            dense = tokens_by_name.get(name)
+            tokens = token_rewards(score, None, mask) if dense is None else dense.nan_to_num(0.0)
+            per_token = per_token + weight * tokens
+    return total, per_token if tokens_by_name else None
 
 
 def as_callable(reward: Any) -> Any:

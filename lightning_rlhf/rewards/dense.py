@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -88,19 +89,23 @@ def token_scores(
 
     def written(t: int) -> int:
         """Characters of the response that are complete after token t; half a character is decoded as another one."""
-        text = tokenizer.decode(ids[: t + 1], skip_special_tokens=True)
-        return next(
-            (i for i, (a, b) in enumerate(zip(text, response, strict=False)) if a != b), min(len(text), len(response))
-        )
+        return len(os.path.commonprefix([tokenizer.decode(ids[: t + 1], skip_special_tokens=True), response]))
 
-    if ids and tokenizer.decode(ids, skip_special_tokens=True) != response:
-        raise ValueError(f"`response_tokens` are not those of the response {response!r}.")
+    decoded = tokenizer.decode(ids, skip_special_tokens=True)
+    if decoded != response:
+        raise ValueError(
+            f"`tokens` decode to {decoded!r}, and the response is {response!r}: give those that were sampled, and the "
+            "tokenizer of the policy that wrote them."
+        )
     if len(scores) != len(spans):
         raise ValueError(f"`scores` must be one for each of {len(spans)} parts of {response!r}, and are {len(scores)}.")
     result = [0.0] * len(ids)
     for (begin, end), score in zip(spans, scores, strict=True):
         if not 0 <= begin < end <= len(response):
-            raise ValueError(f"`spans` holds {(begin, end)}, which is no part of the response {response!r}.")
+            raise ValueError(
+                f"`spans` holds {(begin, end)}, which is no part of the response {response!r}: a part begins before it "
+                f"ends, in characters from 0 to {len(response)}."
+            )
         result[bisect_left(range(len(ids)), end, key=written)] += float(score)
     return result
 
@@ -181,8 +186,7 @@ class DenseReward:
         return result
 
     def plain(self) -> dict[str, Any] | None:
-        """What makes the same again, as plain values; None where a function cannot be imported."""
+        """What makes the same again, as plain values; None where a function or the class cannot be imported."""
         names = {key: value if isinstance(value, str) else dotted_name(value) for key, value in self._given.items()}
-        if None in names.values():
-            return None
-        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": names}
+        class_path = dotted_name(type(self))
+        return None if class_path is None or None in names.values() else {"class_path": class_path, "init_args": names}

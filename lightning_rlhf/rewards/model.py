@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_rlhf.dotted import dotted_name
 from lightning_rlhf.models.classifier import Classifier, Row, is_classifier_object, load_classifier
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, load_tokenizer
 from lightning_rlhf.rewards.texts import READS, TextReader, continuations
@@ -179,16 +180,13 @@ class RewardModel:
         return self._tokenizer
 
     def plain(self) -> dict[str, Any] | None:
-        """What makes the same again, as plain values; None where an object is among them."""
-        model = self.spec.plain()
+        """What makes the same again, as plain values; None where there is an object or the class cannot be imported."""
+        class_path, model = dotted_name(type(self)), self.spec.plain()
         tokenizer = self._given["tokenizer"]
-        if model is None or not (tokenizer is None or isinstance(tokenizer, str | os.PathLike)):
+        if class_path is None or model is None or not (tokenizer is None or isinstance(tokenizer, str | os.PathLike)):
             return None
         given = {**self._given, "tokenizer": tokenizer and os.fspath(tokenizer)}
-        return {
-            "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
-            "init_args": given | {"model": model},
-        }
+        return {"class_path": class_path, "init_args": given | {"model": model}}
 
     def _cut(self, rows: list[Row]) -> list[Row]:
         """Rows that fit the model; of one that did not, the end."""

@@ -119,6 +119,18 @@ def test_the_order_of_batches_is_another_every_epoch_and_their_number_the_same()
     assert sorted(first) == sorted(later)
 
 
+def test_which_rows_go_together_is_drawn_from_the_seed_and_else_follows_their_order():
+    rows = [{"prompt": "abcdefghijkl"[n], "response": "a"} for n in range(12)]  # of 3 tokens each
+
+    def together(**arguments):
+        batches = binned(rows, batch_tokens=6, **arguments).train_dataloader()
+        return sorted(sorted(batch.prompt_tokens.flatten().tolist()) for batch in batches)
+
+    assert together(shuffle=False) == [[n, n + 1] for n in range(0, 12, 2)]
+    assert together(seed=1) == together(seed=1)
+    assert len({str(together(seed=seed)) for seed in range(3)} | {str(together(shuffle=False))}) == 4
+
+
 @pytest.mark.invariant(36)
 def test_batches_by_tokens_go_on_where_the_cursor_stands():
     data = binned(ROWS, batch_tokens=30)

@@ -224,14 +224,19 @@ def unlike_objects(strategy: str, folder: Path) -> dict[str, Any]:
     return fit(online(PPOModule, ModelSpec(model)), data, strategy)
 
 
-def unlike_lengths(strategy: str, folder: Path) -> dict[str, Any]:
+def one_writes_on(strategy: str, folder: Path, **arguments: Any) -> dict[str, Any]:
     """All that the second process writes ends at once, while the first writes on to the limit."""
     table = torch.full((LETTERS, LETTERS), 1e-9)
     table[0, LETTERS - 2] = 1.0  # after an `a` comes the end,
     table[1:, 1] = table[1:, 2] = 0.5  # after anything else a `b` or a `c`
-    module = online(PPOModule, bigram(table / table.sum(1, keepdim=True)), micro_batch_size=1)
+    module = online(PPOModule, bigram(table / table.sum(1, keepdim=True)), **arguments)
     data = PromptDataModule(["b", "a"] * 3, batch_size=per_process(6, strategy), shuffle=False)
     return fit(module, data, strategy, max_epochs=2)
+
+
+unlike_lengths = functools.partial(one_writes_on, micro_batch_size=1)
+# Three passes of one row on the first process, of 1 + 6 tokens each, and one of three rows on the second.
+unlike_passes = functools.partial(one_writes_on, micro_batch_tokens=8, recompute_logprobs=True, importance_cap=2.0)
 
 
 class Dealt(IterableDataset):
@@ -486,6 +491,7 @@ SAME = [
     "sft",
     "unlike_objects",
     "unlike_lengths",
+    "unlike_passes",
     "uneven_rows",
 ]
 """Cases that come to the same on one process."""

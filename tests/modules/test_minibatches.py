@@ -10,6 +10,14 @@ from tests.networks import written
 LENGTH = 8
 LENGTHS = (3, 1, 5, 2, 5, 4, 1)
 MODES = ("tokens", "responses", "length")
+SPLITS = (
+    {},
+    {"micro_batch_size": 1},
+    {"micro_batch_size": 2},
+    {"micro_batch_size": 2, "unpads": True},
+    {"micro_batch_tokens": 8},
+    {"micro_batch_tokens": 8, "unpads": True},
+)
 
 
 def experience(lengths=LENGTHS, silent=(), first=0):
@@ -31,7 +39,9 @@ def experience(lengths=LENGTHS, silent=(), first=0):
     )
     # What does not count is large enough to be seen if it did.
     per_token = torch.where(sampled, marks[:, None] + 0.01 * torch.arange(max(lengths)), 1e6)
-    scores = Scores(total=marks, by_name={"one": 2 * marks}, token_scores=per_token)
+    scores = Scores(
+        total=marks, by_name={"one": 2 * marks}, token_scores=per_token, tokens_by_name={"one": 2 * per_token}
+    )
     return Experience.from_rollouts(rollouts, scores=scores, advantages=per_token)
 
 
@@ -71,9 +81,9 @@ def by_hand(rows, averaging, lengths=LENGTHS, silent=()):
 
 @pytest.mark.invariant(30)
 @pytest.mark.parametrize("averaging", MODES)
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, None])
-def test_gradients_are_the_mean_by_hand_however_a_minibatch_is_split(averaging, micro_batch_size):
-    minibatches = list(plan(experience(), averaging=averaging, micro_batch_size=micro_batch_size, num_epochs=2))
+@pytest.mark.parametrize("split", [*SPLITS, {"micro_batch_size": 3}])
+def test_gradients_are_the_mean_by_hand_however_a_minibatch_is_split(averaging, split):
+    minibatches = list(plan(experience(), averaging=averaging, num_epochs=2, **split))
     assert [len(rows_of(minibatch)) for minibatch in minibatches] == [3, 3, 1] * 2
     for minibatch in minibatches:
         expected = by_hand(rows_of(minibatch), averaging)
@@ -81,11 +91,10 @@ def test_gradients_are_the_mean_by_hand_however_a_minibatch_is_split(averaging, 
 
 
 @pytest.mark.invariant(30)
-@pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_a_split_changes_nobodys_minibatch(micro_batch_size):
+@pytest.mark.parametrize("split", SPLITS[1:])
+def test_a_split_changes_nobodys_minibatch(split):
     whole = [sorted(rows_of(minibatch)) for minibatch in plan(experience(), num_epochs=3)]
-    split = plan(experience(), num_epochs=3, micro_batch_size=micro_batch_size)
-    assert [sorted(rows_of(minibatch)) for minibatch in split] == whole
+    assert [sorted(rows_of(minibatch)) for minibatch in plan(experience(), num_epochs=3, **split)] == whole
 
 
 @pytest.mark.invariant(31)
@@ -123,6 +132,7 @@ def test_everything_a_row_has_stays_with_it():
                 expected = [pytest.approx(row + 0.01 * t, abs=1e-5) for t in range(length)]
                 assert batch.advantages[i, :length].tolist() == expected
                 assert batch.scores.token_scores[i, :length].tolist() == expected
+                assert torch.equal(batch.scores.tokens_by_name["one"], 2 * batch.scores.token_scores)
                 assert bool((batch.weights[i, :length] > 0).all())
     assert sorted(seen) == sorted([*range(7)] * 2)
 
@@ -154,6 +164,16 @@ def test_rows_of_alike_length_go_together_and_are_trimmed_to_their_longest():
     for batch in minibatch.micro_batches:
         assert batch.weights.shape == batch.advantages.shape == batch.response_mask.shape
         assert batch.prompt_tokens.shape[1] == max(row % 3 + 1 for row in batch.metadata["row"])
+
+
+def test_a_piece_has_as_many_tokens_as_it_may_with_or_without_their_padding():
+    # Prompts and responses of 1 + 3, 2 + 1, 3 + 5, 1 + 2, 2 + 5, 3 + 4 and 1 + 1 tokens.
+    (padded,) = plan(experience(), minibatch_size=7, micro_batch_tokens=8)
+    (in_line,) = plan(experience(), minibatch_size=7, micro_batch_tokens=8, unpads=True)
+    parts = [[sorted(batch.metadata["row"]) for batch in minibatch.micro_batches] for minibatch in (padded, in_line)]
+    assert parts[0][:3] == [[1, 6], [0, 3], [5]]
+    assert sorted(parts[0][3:]) == [[2], [4]]
+    assert parts[1] == [[0, 1], [2], [3], [4], [5], [6]]
 
 
 @pytest.mark.parametrize("averaging", MODES)
@@ -196,13 +216,11 @@ def of_two_ranks(monkeypatch):
 
 @pytest.mark.invariant(30, 31)
 @pytest.mark.parametrize("averaging", MODES)
-@pytest.mark.parametrize("micro_batch_size", [1, 2, None])
-def test_the_mean_over_ranks_of_gradients_is_the_mean_over_the_global_minibatch(
-    of_two_ranks, averaging, micro_batch_size
-):
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_mean_over_ranks_of_gradients_is_the_mean_over_the_global_minibatch(of_two_ranks, averaging, split):
     lengths = (3, 1, 5, 2, 4, 1)
     ranks = [experience(lengths[:4], silent=(1,)), experience(lengths[4:], first=4)]
-    both = of_two_ranks(ranks, averaging=averaging, micro_batch_size=micro_batch_size, num_epochs=2)
+    both = of_two_ranks(ranks, averaging=averaging, num_epochs=2, **split)
     assert [len(of_rank) for of_rank in both] == [4, 4]
     for one, other in zip(*both, strict=True):
         fillers = sum(float(batch.weights.abs().sum()) == 0 for batch in other.micro_batches)
@@ -221,6 +239,16 @@ def test_every_rank_makes_as_many_updates_and_micro_batches_as_the_largest(of_tw
     assert loud == [[True, True, False], [False, False, False], [False]]
     for minibatch in small:
         assert all(len(batch) == 1 and batch.response_mask.any() for batch in minibatch.micro_batches)
+
+
+@pytest.mark.invariant(38)
+def test_ranks_whose_tokens_make_unlike_numbers_of_pieces_go_in_step(of_two_ranks):
+    ranks = [experience(), experience((2, 3), first=7)]  # of 34 tokens and of 4 + 6
+    arguments = {"minibatch_size": 7, "micro_batch_tokens": 8, "unpads": True}
+    for first, second in zip(*of_two_ranks(ranks, **arguments), strict=True):
+        assert [len(batch) for batch in first.micro_batches] == [2, 1, 1, 1, 1, 1]
+        loud = [bool((batch.weights != 0).any()) for batch in second.micro_batches]
+        assert loud == [True, True, False, False, False, False]
 
 
 # --- rows without a signal --------------------------------------------------------------------------------------------
@@ -247,6 +275,21 @@ def test_rows_without_a_signal_are_not_run_and_change_no_gradient(averaging, mic
         loud = sorted(row for row in rows_of(one) if row not in without)
         assert sorted(rows_of(other)) == loud
         assert gradient(other).nonzero().flatten().tolist() == loud
+
+
+@pytest.mark.invariant(30)
+@pytest.mark.parametrize("averaging", MODES)
+@pytest.mark.parametrize("split", SPLITS)
+def test_importance_stays_with_its_token_and_is_no_part_of_the_count(averaging, split):
+    rows, fewer = quiet(experience(silent=(5,)), [0, 2])
+    importance = torch.linspace(0.5, 2.0, rows.advantages.numel()).view_as(rows.advantages)
+    weighed = replace(fewer, importance=importance)
+    # As though every term, and nothing else, were so many times as large.
+    expected = replace(rows, advantages=rows.advantages * importance)
+    for one, other in zip(
+        plan(expected, averaging=averaging), plan(weighed, averaging=averaging, **split), strict=True
+    ):
+        torch.testing.assert_close(gradient(other), gradient(one), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.invariant(30)

@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from lightning_rlhf.modules.ranks import agree, gather_over_ranks, rank, sum_over_ranks, world_size
+from lightning_rlhf.modules.ranks import agree, gather_over_ranks, most_over_ranks, rank, sum_over_ranks, world_size
 
 CPU = torch.device("cpu")
 
 
 def of_three(monkeypatch, *others):
-    """Two more processes that say (failed, rows), and what if they failed."""
-    said = ["no cats" if failed else None for failed, _ in others]
+    """Two more processes that say a number, or (failed, rows) and what if they failed."""
+    said = ["no cats" if isinstance(other, list) and other[0] else None for other in others]
     monkeypatch.setattr("lightning_rlhf.modules.ranks.gather_objects", lambda mine: [mine, *said])
     monkeypatch.setattr(
         "lightning_rlhf.modules.ranks.gather_over_ranks",
@@ -21,12 +21,19 @@ def test_a_process_alone_is_the_first_of_one():
     assert (rank(), world_size()) == (0, 1)
     assert sum_over_ranks(x).tolist() == [1.0, 2.0]
     assert gather_over_ranks(x).tolist() == [[1.0, 2.0]]
+    assert most_over_ranks(3, CPU) == 3
     assert agree(None, "the reward", 5, CPU) == 5
 
 
 def test_all_know_who_has_most_rows(monkeypatch):
     of_three(monkeypatch, [0, 7], [0, 2])
     assert agree(None, "the reward", 5, CPU) == 7
+
+
+def test_the_largest_number_is_known_to_all(monkeypatch):
+    of_three(monkeypatch, 7, 2)
+    assert most_over_ranks(5, CPU) == 7
+    assert most_over_ranks(9, CPU) == 9
 
 
 @pytest.mark.invariant(39)

@@ -154,9 +154,11 @@ def test_what_is_no_part_of_the_response_is_refused(spans, scores, complaint):
         on_tokens([0, 1], spans, scores)
 
 
-def test_tokens_of_another_response_are_refused():
-    with pytest.raises(ValueError, match="`response_tokens` are not those of the response 'ba'"):
-        token_scores("ba", [0, 1], pieces(), [(0, 1)], [1.0])
+@pytest.mark.parametrize(("ids", "decoded"), [([0, 1], "ab"), ([], "")])
+def test_tokens_of_another_response_are_refused(ids, decoded):
+    complaint = f"`tokens` decode to '{decoded}', and the response is 'ba': give those that were sampled"
+    with pytest.raises(ValueError, match=complaint):
+        token_scores("ba", ids, pieces(), [(0, 1)], [1.0])
 
 
 # --- as a reward ------------------------------------------------------------------------------------------------------
@@ -262,5 +264,9 @@ def test_a_checkpoint_knows_its_dense_reward(tmp_path):
 
 
 def test_one_that_cannot_be_imported_is_not_stored():
+    class Local(DenseReward):
+        pass
+
     assert DenseReward(lambda prompts, segments: []).plain() is None
+    assert Local(early).plain() is None
     assert CombinedReward(DenseReward(early)).name == "early"

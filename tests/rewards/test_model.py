@@ -10,15 +10,23 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BartConfig,
     BertConfig,
     RobertaConfig,
-    T5Config,
 )
 
 from lightning_rlhf import GRPOModule, ModelSpec, PPOModule, PromptDataModule, RewardModel
 from lightning_rlhf.rewards.combine import CombinedReward
-from tests.networks import ARCHITECTURES, EOS, PAD, USUAL, VOCABULARY, tiny_gpt2, word_tokenizer, written
+from tests.networks import (
+    ARCHITECTURES,
+    ENCODER_DECODERS,
+    EOS,
+    PAD,
+    USUAL,
+    VOCABULARY,
+    tiny_gpt2,
+    word_tokenizer,
+    written,
+)
 from tests.training import Seen, bare_trainer, fit, module_of
 
 _BERT = {
@@ -31,25 +39,11 @@ _BERT = {
     "pad_token_id": PAD,
     "eos_token_id": EOS,
 }
-_SEQ2SEQ = {"vocab_size": VOCABULARY, "d_model": 16, "pad_token_id": PAD, "eos_token_id": EOS}
 ENCODERS = {
     "bert": functools.partial(BertConfig, **_BERT),
     "roberta": functools.partial(RobertaConfig, **_BERT),
-    "t5": functools.partial(
-        T5Config, **_SEQ2SEQ, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=PAD
-    ),
-    "bart": functools.partial(
-        BartConfig,
-        **_SEQ2SEQ,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_position_embeddings=64,
-        decoder_start_token_id=EOS,
-    ),
+    "t5": ENCODER_DECODERS["t5"],
+    "bart": ENCODER_DECODERS["bart"],
 }
 RESPONSES = ["b c", "d", "e f g h i j k", "", "l m a"]
 PROMPTS = ["a", "b c d e", "f", "g h", "i"]
