@@ -155,7 +155,7 @@ def report(
     name += "" if options.kernel == ["onednn"] else f"-{'-'.join(options.kernel)}"
     everything: dict[str, Any] = {
         "command": options.command,
-        "matrix_rate_gflops": {library: asdict(found) for library, found in rates.items()},
+        "matrix_rate_gflops": {backend: asdict(found) for backend, found in rates.items()},
         "threads": options.threads,
         "results": [
             {**result.summary(rate), "times_as_fast": times_as_fast(result, results[-1])}

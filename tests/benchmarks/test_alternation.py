@@ -67,7 +67,7 @@ def test_a_peak_that_was_forgotten_is_no_more_than_what_is_held_now():
 
 def test_a_matrix_rate_is_two_operations_per_multiplication(monkeypatch):
     product = SimpleNamespace(slept=lambda x, weight: time.sleep(0.05))
-    monkeypatch.setattr("benchmarks.machine.RATE_FROM", {"MKL": product.slept})
+    monkeypatch.setattr("benchmarks.machine.BACKENDS", {"MKL": product.slept})
     (rate,) = matrix_rates(1, repeats=2, shapes=[(10, 20, 30), (1000, 2000, 50)]).values()
     assert rate.shape == (1000, 2000, 50)
     assert rate.gflops == pytest.approx(2 * 1000 * 2000 * 50 / 0.05 / 1e9, rel=0.2)
@@ -80,7 +80,7 @@ def test_torch_and_onednn_are_both_asked_for_their_best_product():
     assert all(0.01 < rate.gflops < 5000 for rate in rates.values())
 
 
-def test_the_best_of_several_measurements_counts_library_by_library():
+def test_the_best_of_several_measurements_counts_backend_by_backend():
     first = {"MKL": MatrixRate("MKL", 3.0, (1, 1, 1)), "oneDNN": MatrixRate("oneDNN", 4.0, (1, 1, 1))}
     second = {"MKL": MatrixRate("MKL", 2.0, (2, 2, 2)), "oneDNN": MatrixRate("oneDNN", 5.0, (2, 2, 2))}
     found = better(first, second)
