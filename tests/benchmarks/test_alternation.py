@@ -4,14 +4,16 @@ import io
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
+from subprocess import PIPE, Popen, TimeoutExpired
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import environments, ours, speed, tables, workload
-from benchmarks.alternation import Result, chosen, measure
+from benchmarks.alternation import ROOT, Result, chosen, measure
 from benchmarks.machine import Clock, MatrixRate, best, better, forget_peak, matrix_rates, memory_now, peak_memory
 from benchmarks.useful import work
 from benchmarks.worker import Gate, run_of
@@ -123,6 +125,37 @@ def test_a_gate_waits_to_be_told_and_times_only_what_lies_between():
     assert second["seconds"] < 0.25
     assert (first["rows"], second["rows"], second["score"]) == ([[1, 2]], [[3, 4]], 5.0)
     assert second["versions"].keys() >= {"python", "torch", "transformers", "lightning"}
+
+
+BUSY = """
+import sys, time, types
+from benchmarks import worker
+
+def busy(case, gate):
+    gate.wait([])
+    gate.wait([])
+    time.sleep(600)
+
+sys.modules["busy"] = types.SimpleNamespace(RUNS={"ppo": busy})
+worker.SYSTEMS["busy"] = "busy"
+worker.main()
+"""
+
+
+def test_a_worker_whose_parent_is_gone_ends_in_the_middle_of_an_iteration():
+    command = [sys.executable, "-c", BUSY, "busy", json.dumps(asdict(CASE))]
+    with Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=ROOT) as process:
+        for _ in range(2):
+            assert json.loads(process.stdout.readline())["rows"] == []
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        try:
+            with pytest.raises(TimeoutExpired):
+                process.wait(0.5)
+            process.stdin.close()
+            assert process.wait(30) == 1
+        finally:
+            process.kill()
 
 
 def test_the_share_of_the_matrix_rate_is_useful_work_over_time():
