@@ -1,5 +1,6 @@
 """Pages show what was measured, and nothing else of them changes."""
 
+import importlib
 import json
 import re
 
@@ -98,16 +99,13 @@ def test_the_project_s_pages_can_be_filled(tmp_path):
 
 def test_every_table_of_the_page_is_made_by_a_command_that_it_names():
     page, makefile = ((report.ROOT / name).read_text() for name in ("docs/performance.md", "Makefile"))
-    made = re.findall(r"python -m benchmarks\.(\w+) (.+)", makefile.partition("bench-report: ")[2])
+    recipe = makefile.partition("bench-report: ")[2].partition("\n\n")[0]
+    commands = re.findall(r"python -m benchmarks\.(\w+) (.+)", recipe)
+    assert len(commands) == 9
     names = {report.SUMMARY}
-    for program, line in made[: [program for program, _ in made].index("profile") + 2]:
-        words = line.split()
-        options = {word: words[i + 1] for i, word in enumerate(words) if word.startswith("--")}
-        rows = words[: next(i for i, word in enumerate(words) if word.startswith("--"))] or [
-            options.get("--row", "ppo")
-        ]
-        name = "-".join([*rows, options["--size"], options.get("--lengths", "full")])
-        name += f"-top{options['--unfrozen']}" if "--unfrozen" in options else ""
-        name += "-onednn-mkl" if "--kernel" in options else ""
-        names.add(f"{program}/{name}" + ("-tokens" if "--micro-batch-tokens" in options else ""))
+    for program, args in commands:
+        options = importlib.import_module(f"benchmarks.{program}").parsed(args.split())
+        assert options.output == report.ROOT / "outputs" / program
+        assert options.command == f"python -m benchmarks.{program} {args}"
+        names.add(f"{program}/{options.name}")
     assert set(re.findall(r"<!-- begin: (\S+) -->", page)) == names
