@@ -101,6 +101,14 @@ def test_a_batch_of_any_size_is_one_step_in_micro_batches(pieces, tmp_path, monk
         module.update = lambda minibatch: (updates.append(len(minibatch.micro_batches)), update(minibatch))
         return module
 
+    reward = workload.reward
+
+    def greedy(*args):
+        block = bytearray(2**30)  # before the updates, whose peak this is not
+        block[::4096] = b"x" * len(block[::4096])
+        return reward(*args)
+
+    monkeypatch.setattr(workload, "reward", greedy)
     monkeypatch.setattr(ours, "module_of", watched)
     replies = io.StringIO()
     case = Case("ppo", "tiny", "full", str(tmp_path), 1, 2, batch=24, **pieces)
