@@ -93,8 +93,19 @@ def iterations(result: Result) -> str:
         A text for a cell.
     """
     dropped = f", {result.dropped} dropped" if result.dropped else ""
-    disturbed = f", {result.disturbed} DISTURBED" if result.disturbed else ""
-    return f"{len(result.iterations)}{dropped}{disturbed}"
+    return f"{len(result.iterations)}{dropped}{disturbance(result.disturbed)}"
+
+
+def disturbance(count: int) -> str:
+    """What is said of iterations that count although other processes used the machine.
+
+    Args:
+        count: How many they are.
+
+    Returns:
+        The end of a text for a cell; empty where there are none.
+    """
+    return f", {count} DISTURBED" if count else ""
 
 
 def lines_of(results: Sequence[Result], rate: float) -> list[list[str]]:

@@ -27,7 +27,7 @@ from benchmarks import ours, useful, workload
 from benchmarks.alternation import measure
 from benchmarks.counting import MatrixWork
 from benchmarks.options import add_iterations, options_of, parser_of
-from benchmarks.tables import publish, spread
+from benchmarks.tables import disturbance, publish, spread
 from benchmarks.workload import SIZES, Case
 
 ALLOWED = 1.2
@@ -68,12 +68,14 @@ class Cost:
         counted: GFLOP that were executed.
         needed: GFLOP of head and blocks that train, as :mod:`benchmarks.useful` counts them.
         seconds: Of every iteration.
+        disturbed: How many of them were, because the machine was never quiet.
     """
 
     top: int
     counted: float
     needed: float
     seconds: list[float]
+    disturbed: int = 0
 
     def bound(self, whole: Cost) -> float:
         """What share of the work of all blocks is allowed.
@@ -124,7 +126,7 @@ def lines_of(costs: Sequence[Cost]) -> list[list[str]]:
         if cost.seconds:
             middle = median(cost.seconds)
             seconds = [
-                spread(cost.seconds),
+                spread(cost.seconds) + disturbance(cost.disturbed),
                 f"{middle / median(whole.seconds):.3f}",
                 f"{cost.counted / middle:.0f}",
             ]
@@ -200,12 +202,12 @@ def main(args: list[str] | None = None) -> None:
         workload.save(Path(folder), SIZES[options.size], options.lengths)
         for top in options.tops:
             case = Case(options.row, options.size, options.lengths, folder, options.threads, options.attempts + 2, top)
-            seconds: list[float] = []
+            seconds, disturbed = list[float](), 0
             if options.iterations:
                 pythons = {"ours": Path(sys.executable)}
                 (timed,) = measure(case, pythons, options.iterations, options.attempts, options.others, options.output)
-                seconds = timed.seconds("optimise")
-            costs.append(Cost(top, *count(case), seconds))
+                seconds, disturbed = timed.seconds("optimise"), timed.disturbed
+            costs.append(Cost(top, *count(case), seconds, disturbed))
             print(f"top {top}: {costs[-1].counted:.1f} GFLOP", flush=True)
     what = f"{options.row} {options.size} {options.lengths}"
     facts = [

@@ -119,4 +119,4 @@ def test_a_batch_of_any_size_is_one_step_in_micro_batches(pieces, tmp_path, monk
     assert all(count >= 3 for count in updates)  # 24 responses of 64 tokens, and their prompts
     assert len(reply["rows"]) == 24
     assert 0 < reply["optimise"] < reply["seconds"]
-    assert 0 <= reply["update_gib"] < 1
+    assert 0 <= reply["update_gib"] < 0.5

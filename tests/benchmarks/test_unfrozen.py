@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ours, unfrozen, workload
+from benchmarks.alternation import Result
 from benchmarks.unfrozen import Cost
 from benchmarks.workload import Case, Size
 
@@ -46,6 +47,26 @@ def test_a_fifth_more_than_head_and_blocks_is_allowed():
         ["1", "60.0", "0.300", "0.300", "2.00 (1.00 to 3.00)", "0.250", "30"],
         ["4", "200.0", "1.000", "1.200", "8.00 (8.00 to 8.00)", "1.000", "25"],
     ]
+
+
+def test_updates_that_others_disturbed_are_timed_and_it_is_said(tmp_path, monkeypatch, capsys):
+    def measured(case, pythons, count, attempts, *_):
+        assert (list(pythons), count, attempts, case.iterations) == (["ours"], 2, 7, 9)
+        top = case.num_layers_unfrozen
+        updates = [{"seconds": 99.0, "optimise": float(top + i)} for i in range(2)]
+        return [Result("ours", case, updates, disturbed=int(top == 4))]
+
+    monkeypatch.setattr(unfrozen, "measure", measured)
+    monkeypatch.setattr(unfrozen, "count", lambda case: (100.0, 100.0))
+    monkeypatch.setattr(workload, "save", lambda *_: None)
+    unfrozen.main(
+        ["--tops", "2", "--iterations", "2", "--attempts", "7", "--lengths", "ragged", "--no-curve"]
+        + ["--output", str(tmp_path)]
+    )
+    two, four = (tmp_path / "ppo-small-ragged.md").read_text().splitlines()[2:4]
+    assert two.split(" | ")[4:] == ["2.50 (2.00 to 3.00)", "0.556", "40 |"]
+    assert four.split(" | ")[4:] == ["4.50 (4.00 to 5.00), 1 DISTURBED", "1.000", "22 |"]
+    capsys.readouterr()
 
 
 def test_a_table_and_a_small_curve_are_written_and_waste_ends_in_an_error(tmp_path, monkeypatch, capsys):
