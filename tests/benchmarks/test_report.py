@@ -51,7 +51,12 @@ def test_a_region_without_beginning_or_end_is_refused_and_nothing_written(text, 
 
 def measured(row, system, seconds, **more):
     return {
-        "case": {"row": row, "size": "base", "lengths": "full", "num_layers_unfrozen": more.pop("top", -1)},
+        "case": {
+            "row": row,
+            "size": more.pop("size", "base"),
+            "lengths": more.pop("lengths", "full"),
+            "num_layers_unfrozen": more.pop("top", -1),
+        },
         "system": system,
         "seconds": {"median": seconds},
         "share_of_matrix_rate": {"whole": 0.5 if system == "ours" else 0.25},
@@ -85,6 +90,33 @@ def test_the_summary_has_a_line_for_every_row_that_had_a_peer(outputs):
     ]
     assert "python first" in table[-1]
     assert "alone" not in "".join(table)
+
+
+@pytest.mark.parametrize("systems", [["ours", "ours_mkl"], ["ours_mkl", "trl"], ["trl"], ["ours", "ours_mkl", "trl"]])
+def test_only_this_library_as_it_is_beside_its_peer_is_a_line_of_the_summary(systems, outputs):
+    results = [measured("sft", system, 3.0) for system in systems]
+    (outputs / "speed" / "a.json").write_text(json.dumps({"command": "python it", "results": results}))
+    assert report.summary(outputs / "speed") is None
+
+
+def test_the_summary_goes_by_size_then_from_full_to_ragged_responses_then_from_all_blocks_to_few(outputs):
+    kinds = [
+        {"size": "base", "lengths": "ragged"},
+        {"size": "base", "lengths": "full", "top": 2},
+        {"size": "base", "lengths": "full"},
+        {"size": "small", "lengths": "ragged"},
+    ]
+    for name, kind in zip("abcd", kinds, strict=True):
+        results = [measured("ppo", system, 3.0, **kind) for system in ("ours", "trl")]
+        (outputs / "speed" / f"{name}.json").write_text(json.dumps({"command": f"python {name}", "results": results}))
+    lines = report.summary(outputs / "speed").splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:6]] == [
+        "| ppo, small, ragged",
+        "| ppo, base, full",
+        "| ppo, base, full, top 2 blocks",
+        "| ppo, base, ragged",
+    ]
+    assert "`python d`, `python c`, `python b`, `python a`" in lines[-1]
 
 
 def test_the_project_s_pages_can_be_filled(tmp_path):
