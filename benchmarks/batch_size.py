@@ -105,7 +105,7 @@ class Growth:
     @property
     def memory(self) -> float:
         """The most GiB that updates took, beside the networks."""
-        return max(self.result.seconds("update_gib"))
+        return max(iteration["update_gib"] for iteration in self.result.iterations)
 
     def over(self, smallest: Growth) -> tuple[float, float]:
         """Time per token and memory over those of the smallest batch.
