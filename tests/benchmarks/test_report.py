@@ -3,10 +3,13 @@
 import importlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, speed
+from benchmarks.alternation import Result
+from benchmarks.machine import MatrixRate
 
 
 @pytest.fixture
@@ -117,6 +120,29 @@ def test_the_summary_goes_by_size_then_from_full_to_ragged_responses_then_from_a
         "| ppo, base, ragged",
     ]
     assert "`python d`, `python c`, `python b`, `python a`" in lines[-1]
+
+
+def test_the_summary_reads_what_a_measurement_writes(outputs, monkeypatch, capsys):
+    def measure(case, pythons, count, attempts, *_):
+        assert (count, attempts, case.iterations, case.num_layers_unfrozen) == (1, 3, 5, 2)
+        seconds = {"ours": 2.0, "trl": 9.0}
+        made = {"others": 0.0, "rows": [[40, 24]], "peak": 1.5, "versions": {"torch": "2"}}
+        return [Result(system, case, [{**made, "seconds": seconds[system]}]) for system in pythons]
+
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "matrix_rates", lambda threads: {"MKL": MatrixRate("MKL", 100.0, (1, 2, 3))})
+    monkeypatch.setattr(speed, "pythons_of", lambda *_: {"ours": Path("python"), "trl": Path("python")})
+    monkeypatch.setattr(speed.workload, "save", lambda *_: None)
+    options = ["ppo", "--unfrozen", "2", "--iterations", "1", "--output", str(outputs / "speed")]
+    speed.main(options)
+    capsys.readouterr()
+    line, _, made = report.summary(outputs / "speed").splitlines()[2:]
+    assert line.startswith("| ppo, small, full, top 2 blocks | 2.0 | 9.0 | 4.5 | ")
+    assert line.endswith(" | 1.5, trl 1.5 |")
+    assert f"`python -m benchmarks.speed {' '.join(options)}`" in made
+    page = (outputs / "speed" / "ppo-small-full-top2.md").read_text()
+    assert page.startswith("| row | system | seconds (min to max) |")
+    assert "| ppo small full, top 2 | ours | 2.00 (2.00 to 2.00) |" in page
 
 
 def test_the_project_s_pages_can_be_filled(tmp_path):
