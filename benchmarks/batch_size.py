@@ -12,7 +12,6 @@ The table is written to ``outputs/batch_size/``.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,13 +21,12 @@ from statistics import median
 from typing import Any
 
 import lightning as L
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import ours, workload
-from benchmarks.alternation import ROOT, Result, measure
+from benchmarks.alternation import Result, measure
 from benchmarks.machine import forget_peak, memory_now, peak_memory
-from benchmarks.tables import command_line, markdown_table
+from benchmarks.options import add_iterations, options_of, parser_of
+from benchmarks.tables import iterations, publish, spread
 from benchmarks.worker import Gate
 from benchmarks.workload import GROUP_SIZE, SIZES, Case
 
@@ -107,7 +105,7 @@ class Growth:
     @property
     def memory(self) -> float:
         """The most GiB that updates took, beside the networks."""
-        return max(self.result.seconds("update_gib"))
+        return max(iteration["update_gib"] for iteration in self.result.iterations)
 
     def over(self, smallest: Growth) -> tuple[float, float]:
         """Time per token and memory over those of the smallest batch.
@@ -129,18 +127,17 @@ class Growth:
         Returns:
             A text for each of :data:`HEADINGS`.
         """
-        result, seconds = self.result, self.result.seconds("optimise")
+        result = self.result
         time, memory = self.over(smallest)
-        disturbed = f", {result.disturbed} DISTURBED" if result.disturbed else ""
         return [
             str(result.case.batch),
             f"{result.tokens:.0f}",
-            f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
+            spread(result.seconds("optimise")),
             f"{self.per_token:.3f}",
             f"{time:.2f}",
             f"{self.memory:.3f}",
             f"{memory:.2f}",
-            f"{len(seconds)}{disturbed}",
+            iterations(result),
         ]
 
 
@@ -168,38 +165,26 @@ def parsed(args: list[str] | None) -> argparse.Namespace:
         args: Of it.
 
     Returns:
-        The options.
+        The options; what comes out is written under ``name``.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.batch_size",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("batch_size", __doc__)
+    add_iterations(parser, 3)
     parser.add_argument("--row", choices=list(RUNS), default="ppo")
-    parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--lengths", choices=["ragged", "full"], default="full", help="of responses")
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), metavar="N", help="responses")
-    parser.add_argument("--micro-batch-size", type=int, default=0, metavar="N", help="responses of a backward pass; 8")
-    parser.add_argument("--micro-batch-tokens", type=int, default=0, metavar="N", help="tokens of one instead")
-    parser.add_argument("--iterations", type=int, default=3, help="that count, after one of warm-up")
-    parser.add_argument("--others", type=float, default=0.25, help="cores that other processes may use meanwhile")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of torch")
-    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "batch_size", help="folder to write to")
-    options = parser.parse_args(args)
+    piece = parser.add_mutually_exclusive_group()
+    piece.add_argument("--micro-batch-size", type=int, metavar="N", help="responses of a backward pass; 8 by default")
+    piece.add_argument("--micro-batch-tokens", type=int, metavar="N", help="tokens of one instead")
+    options = options_of(parser, args)
     options.batches = sorted(set(options.batches))
     wrong = [n for n in options.batches if n < 1 or n % GROUP_SIZE]
     if wrong:
         parser.error(f"--batches {wrong} must be multiples of {GROUP_SIZE}, the responses to a prompt in a group")
-    if options.micro_batch_size and options.micro_batch_tokens:
-        parser.error("--micro-batch-size and --micro-batch-tokens say the same: choose one of them")
-    if min(options.micro_batch_size, options.micro_batch_tokens) < 0 or options.iterations < 1:
-        parser.error("--micro-batch-size, --micro-batch-tokens and --iterations must be at least 1")
-    if not options.micro_batch_tokens:
-        options.micro_batch_size = options.micro_batch_size or 8
-    options.piece = f"{options.micro_batch_tokens} tokens"
-    if options.micro_batch_size:
-        options.piece = f"{options.micro_batch_size} responses"
-    options.command = command_line("benchmarks.batch_size", args)
+    for name in ("micro_batch_size", "micro_batch_tokens"):
+        if (given := getattr(options, name)) is not None and given < 1:
+            parser.error(f"--{name.replace('_', '-')} {given} must be at least 1")
+    if options.micro_batch_tokens is None and options.micro_batch_size is None:
+        options.micro_batch_size = 8
+    options.name = f"{options.row}-{options.size}-{options.lengths}" + ("-tokens" if options.micro_batch_tokens else "")
     return options
 
 
@@ -212,7 +197,6 @@ def main(args: list[str] | None = None) -> None:
     options = parsed(args)
     options.output.mkdir(parents=True, exist_ok=True)
     costs: list[Growth] = []
-    attempts = 3 * options.iterations
     with tempfile.TemporaryDirectory() as folder:
         workload.save(Path(folder), SIZES[options.size], options.lengths)
         for batch in options.batches:
@@ -222,28 +206,24 @@ def main(args: list[str] | None = None) -> None:
                 options.lengths,
                 folder,
                 options.threads,
-                attempts + 2,
+                options.attempts + 2,
                 batch=batch,
-                micro_batch_size=options.micro_batch_size,
-                micro_batch_tokens=options.micro_batch_tokens,
+                micro_batch_size=options.micro_batch_size or 0,
+                micro_batch_tokens=options.micro_batch_tokens or 0,
             )
             pythons = {"ours_memory": Path(sys.executable)}
-            (found,) = measure(case, pythons, options.iterations, attempts, options.others, options.output)
+            (found,) = measure(case, pythons, options.iterations, options.attempts, options.others, options.output)
             costs.append(Growth(found))
             print(*costs[-1].line(costs[0]), sep=" | ", flush=True)
-    lines = [cost.line(costs[0]) for cost in costs]
+    tokens = options.micro_batch_tokens
+    piece = f"{tokens} tokens" if tokens else f"{options.micro_batch_size} responses"
     facts = [
         f"`{options.command}`",
-        f"{options.row} {options.size} {options.lengths}, {options.threads} threads, {options.piece} of a "
-        "batch at a time, each epoch one optimizer step.",
+        f"{options.row} {options.size} {options.lengths}, {options.threads} threads, {piece} of a batch "
+        "at a time, each epoch one optimizer step.",
         verdict(costs),
     ]
-    table = Table(*HEADINGS)
-    for line in lines:
-        table.add_row(*line)
-    Console(width=max(Console().width, 130)).print(table, *facts, sep="\n")
-    name = f"{options.row}-{options.size}-{options.lengths}" + ("-tokens" if options.micro_batch_tokens else "")
-    (options.output / f"{name}.md").write_text(markdown_table([HEADINGS, *lines], facts))
+    publish([HEADINGS, *(cost.line(costs[0]) for cost in costs)], facts, options.output / f"{options.name}.md")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 SHAPES = ((2048, 2048, 2048), (4096, 512, 2048), (4096, 2048, 512), (2048, 512, 16384))
 """Rows, inner and outer size of the products that are timed: a cube, and what a block and a head of width 512 make."""
 
-RATE_FROM = {
+BACKENDS = {
     "MKL": lambda x, weight: torch.mm(x, weight.t()),
     "oneDNN": lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""),
 }
@@ -26,20 +26,20 @@ RATE_FROM = {
 
 @dataclass(frozen=True)
 class MatrixRate:
-    """What a library's matrix products reach in single precision.
+    """What a backend's matrix products reach in single precision.
 
     Attributes:
-        library: A key of :data:`RATE_FROM`.
+        backend: A key of :data:`BACKENDS`.
         gflops: GFLOP a second, of the fastest.
         shape: Which that was.
     """
 
-    library: str
+    backend: str
     gflops: float
     shape: tuple[int, int, int]
 
     def __str__(self) -> str:
-        return f"{self.library} {self.gflops:.0f} GFLOP/s ({' x '.join(map(str, self.shape))})"
+        return f"{self.backend} {self.gflops:.0f} GFLOP/s ({' x '.join(map(str, self.shape))})"
 
 
 def matrix_rates(
@@ -53,23 +53,23 @@ def matrix_rates(
         shapes: Rows, inner and outer size of the products.
 
     Returns:
-        By library; oneDNN only where torch was built with it.
+        By backend; oneDNN only where torch was built with it.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     rates: dict[str, MatrixRate] = {}
     try:
-        for library, product in RATE_FROM.items():
-            if library == "MKL" or torch.backends.mkldnn.is_available():
-                timed = [MatrixRate(library, _rate_of(product, shape, repeats), shape) for shape in shapes]
-                rates[library] = max(timed, key=lambda rate: rate.gflops)
+        for backend, product in BACKENDS.items():
+            if backend == "MKL" or torch.backends.mkldnn.is_available():
+                timed = [MatrixRate(backend, _rate_of(product, shape, repeats), shape) for shape in shapes]
+                rates[backend] = max(timed, key=lambda rate: rate.gflops)
     finally:
         torch.set_num_threads(before)
     return rates
 
 
 def better(*measured: Mapping[str, MatrixRate]) -> dict[str, MatrixRate]:
-    """The best of several measurements, library by library.
+    """The best of several measurements, backend by backend.
 
     Args:
         *measured: Of :func:`matrix_rates`.
@@ -77,16 +77,16 @@ def better(*measured: Mapping[str, MatrixRate]) -> dict[str, MatrixRate]:
     Returns:
         Likewise.
     """
-    libraries = {library for rates in measured for library in rates}
+    backends = {backend for rates in measured for backend in rates}
     return {
-        library: max((rates[library] for rates in measured if library in rates), key=lambda rate: rate.gflops)
-        for library in RATE_FROM
-        if library in libraries
+        backend: max((rates[backend] for rates in measured if backend in rates), key=lambda rate: rate.gflops)
+        for backend in BACKENDS
+        if backend in backends
     }
 
 
 def best(rates: Mapping[str, MatrixRate]) -> float:
-    """What the machine reaches, by whichever library.
+    """What the machine reaches, by whichever backend.
 
     Args:
         rates: Of :func:`matrix_rates`.

@@ -8,7 +8,6 @@ Rows are those of :mod:`benchmarks.speed` that train, such as::
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections import defaultdict
@@ -19,14 +18,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import ours, workload
-from benchmarks.alternation import ROOT
 from benchmarks.machine import matrix_rates
-from benchmarks.tables import command_line, markdown_table
+from benchmarks.options import options_of, parser_of
+from benchmarks.tables import publish
 from benchmarks.useful import work
 from benchmarks.workload import SIZES, Case
 
@@ -185,43 +182,45 @@ def lines_of(found: Profile, top: int) -> list[list[str]]:
     ]
 
 
+def parsed(args: list[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Args:
+        args: Of it.
+
+    Returns:
+        The options; what comes out is written under ``name``.
+    """
+    parser = parser_of("profile", __doc__)
+    parser.add_argument("row", choices=[row for row in ours.RUNS if row != "generate"])
+    parser.add_argument("--unfrozen", type=int, default=-1, metavar="N", help="train the top N blocks only")
+    parser.add_argument("--top", type=int, default=25, help="operators that are named")
+    options = options_of(parser, args)
+    options.name = f"{options.row}-{options.size}-{options.lengths}"
+    options.name += "" if options.unfrozen == -1 else f"-top{options.unfrozen}"
+    return options
+
+
 def main(args: list[str] | None = None) -> None:
     """Profiles, prints and writes.
 
     Args:
         args: Of the command line.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("row", choices=[row for row in ours.RUNS if row != "generate"])
-    parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--lengths", choices=["ragged", "full"], default="full", help="of responses")
-    parser.add_argument("--unfrozen", type=int, default=-1, metavar="N", help="train the top N blocks only")
-    parser.add_argument("--top", type=int, default=25, help="operators that are named")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of torch")
-    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "profile", help="folder to write to")
-    options = parser.parse_args(args)
+    options = parsed(args)
     with tempfile.TemporaryDirectory() as folder:
         workload.save(Path(folder), SIZES[options.size], options.lengths)
         case = Case(options.row, options.size, options.lengths, folder, options.threads, 3, options.unfrozen)
         found = run(case)
 
-    heading, *lines = lines_of(found, options.top)
     useful, rates = work(case, "ours", found.rows), matrix_rates(options.threads)
     facts = [
-        f"`{command_line('benchmarks.profile', args)}`",
+        f"`{options.command}`",
         f"{options.row} {options.size} {options.lengths}: {found.wall:.2f} s under the profiler, {options.threads} "
         f"threads, useful work {sum(useful.values()):.0f} GFLOP; the best matrix products: "
         f"{', '.join(map(str, rates.values()))}. Seconds are an operator's own, without those that it calls.",
     ]
-    table = Table(*heading)
-    for line in lines:
-        table.add_row(*line)
-    Console(width=max(Console().width, 150)).print(table, *facts, sep="\n")
-    options.output.mkdir(parents=True, exist_ok=True)
-    name = f"{options.row}-{options.size}-{options.lengths}" + (f"-top{options.unfrozen}" * (options.unfrozen != -1))
-    (options.output / f"{name}.md").write_text(markdown_table([heading, *lines], facts))
+    publish(lines_of(found, options.top), facts, options.output / f"{options.name}.md")
 
 
 if __name__ == "__main__":

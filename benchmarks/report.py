@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.alternation import ROOT
+from benchmarks.speed import PEERS
 from benchmarks.tables import markdown_table
+from benchmarks.workload import SIZES
 
 PAGES = ("README.md", "docs/performance.md")
 
@@ -86,16 +88,16 @@ def summary(folder: Path) -> str | None:
         folder: With what :mod:`benchmarks.speed` wrote.
 
     Returns:
-        A table in Markdown; None where there is nothing.
+        A table in Markdown, of responses at full length before ragged ones; None where there is nothing.
     """
     lines: list[list[str]] = []
     commands: list[str] = []
-    for path in sorted(folder.glob("*.json")):
-        measured = json.loads(path.read_text())
+    everything = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    for measured in sorted(everything, key=_place):
         by_row: dict[str, list[dict[str, Any]]] = {}
         for result in measured["results"]:
             by_row.setdefault(result["case"]["row"], []).append(result)
-        here = [_line(row) for row in by_row.values() if len(row) == 2 and row[0]["system"] == "ours"]
+        here = [_line(row) for name, row in by_row.items() if [r["system"] for r in row] == ["ours", PEERS[name]]]
         if here:
             lines += here
             commands.append(f"`{measured['command']}`")
@@ -103,6 +105,12 @@ def summary(folder: Path) -> str | None:
         return None
     made = "By " + ", ".join(commands) + "; medians, each system in turn on the same work."
     return markdown_table([HEADINGS, *lines], [made])
+
+
+def _place(measured: dict[str, Any]) -> tuple[int, bool, int]:
+    """Of what a command measured, in the table: by size, lengths and what trains, everything before the top blocks."""
+    case = measured["results"][0]["case"]
+    return list(SIZES).index(case["size"]), case["lengths"] != "full", case["num_layers_unfrozen"]
 
 
 def _line(results: Sequence[dict[str, Any]]) -> list[str]:

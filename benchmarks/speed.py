@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,13 +25,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks import environments, workload
-from benchmarks.alternation import ROOT, Result, measure
+from benchmarks.alternation import Result, measure
 from benchmarks.machine import MatrixRate, best, better, matrix_rates
-from benchmarks.tables import HEADINGS, command_line, facts_of, lines_of, markdown_table, times_as_fast
+from benchmarks.options import add_iterations, options_of, parser_of
+from benchmarks.tables import HEADINGS, facts_of, lines_of, publish, times_as_fast
 from benchmarks.workload import SIZES, Case
 
 PEERS = {
@@ -77,29 +74,20 @@ def parsed(args: list[str] | None) -> argparse.Namespace:
         args: Of it.
 
     Returns:
-        The options.
+        The options; what comes out is written under ``name``.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("speed", __doc__)
+    add_iterations(parser, 5)
     parser.add_argument("rows", nargs="+", choices=list(PEERS), metavar="row", help=" ".join(PEERS))
-    parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--lengths", choices=["ragged", "full"], default="full", help="of responses")
     parser.add_argument("--unfrozen", type=int, default=-1, metavar="N", help="ours trains the top N blocks only")
-    parser.add_argument("--iterations", type=int, default=5, help="that count, after one of warm-up")
-    parser.add_argument("--attempts", type=int, help="iterations at most; three times those that count by default")
-    parser.add_argument("--others", type=float, default=0.25, help="cores that other processes may use meanwhile")
     parser.add_argument("--systems", nargs="+", default=[], choices=["ours", "trl", "transformers"], help="only these")
     parser.add_argument("--kernel", nargs="+", default=["onednn"], choices=list(KERNELS), help="of our products")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of torch")
-    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "speed", help="folder to write to")
-    options = parser.parse_args(args)
-    options.attempts = options.attempts or 3 * options.iterations
-    options.command = command_line("benchmarks.speed", args)
-    if not 1 <= options.iterations <= options.attempts:
-        parser.error(f"--iterations {options.iterations} must be at least 1, and at most --attempts {options.attempts}")
+    options = options_of(parser, args)
     if options.unfrozen != -1 and set(options.rows) & {"sft", "sft_packed", "generate"}:
         parser.error(f"--unfrozen {options.unfrozen} goes with ppo, grpo and grpo_mu")
+    options.name = "-".join([*options.rows, options.size, options.lengths])
+    options.name += "" if options.unfrozen == -1 else f"-top{options.unfrozen}"
+    options.name += "" if options.kernel == ["onednn"] else f"-{'-'.join(options.kernel)}"
     return options
 
 
@@ -111,7 +99,6 @@ def main(args: list[str] | None = None) -> None:
     """
     options = parsed(args)
     options.output.mkdir(parents=True, exist_ok=True)
-    console = Console()
     rates = matrix_rates(options.threads)
     done: list[list[Result]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +106,7 @@ def main(args: list[str] | None = None) -> None:
         for row in options.rows:
             pythons = pythons_of(row, options.systems, options.kernel)
             if PEERS[row] not in pythons and PEERS[row] in (options.systems or [PEERS[row]]):
-                console.print(f"{row}: no {PEERS[row]} here; `python -m benchmarks.environments` installs it")
+                print(f"{row}: no {PEERS[row]} here; `python -m benchmarks.environments` installs it")
             if not pythons:
                 continue
             case = Case(
@@ -128,34 +115,24 @@ def main(args: list[str] | None = None) -> None:
             done.append(measure(case, pythons, options.iterations, options.attempts, options.others, options.output))
             rates = better(rates, matrix_rates(options.threads))
     if done:
-        report(done, rates, options, console)
+        report(done, rates, options)
 
 
-def report(
-    done: Sequence[Sequence[Result]], rates: Mapping[str, MatrixRate], options: argparse.Namespace, console: Console
-) -> None:
+def report(done: Sequence[Sequence[Result]], rates: Mapping[str, MatrixRate], options: argparse.Namespace) -> None:
     """Prints the table, and writes it beside all that was measured.
 
     Args:
         done: Results, row by row.
         rates: Of matrix products.
         options: Of the command line.
-        console: To print to.
     """
     rate = best(rates)
     lines = [line for results in done for line in lines_of(results, rate)]
     facts = facts_of(done, rates, options.threads, options.command)
-    table = Table(*HEADINGS)
-    for line in lines:
-        table.add_row(*line)
-    Console(width=max(console.width, 170)).print(table, *facts, sep="\n")
-
-    name = "-".join([*options.rows, options.size, options.lengths])
-    name += "" if options.unfrozen == -1 else f"-top{options.unfrozen}"
-    name += "" if options.kernel == ["onednn"] else f"-{'-'.join(options.kernel)}"
+    publish([HEADINGS, *lines], facts, options.output / f"{options.name}.md")
     everything: dict[str, Any] = {
         "command": options.command,
-        "matrix_rate_gflops": {library: asdict(found) for library, found in rates.items()},
+        "matrix_rate_gflops": {backend: asdict(found) for backend, found in rates.items()},
         "threads": options.threads,
         "results": [
             {**result.summary(rate), "times_as_fast": times_as_fast(result, results[-1])}
@@ -163,9 +140,8 @@ def report(
             for result in results
         ],
     }
-    (options.output / f"{name}.json").write_text(json.dumps(everything, indent=1))
-    (options.output / f"{name}.md").write_text(markdown_table([HEADINGS, *lines], facts))
-    console.print(f"written to {options.output / name}.json and .md")
+    (options.output / f"{options.name}.json").write_text(json.dumps(everything, indent=1))
+    print(f"written to {options.output / options.name}.json and .md")
 
 
 if __name__ == "__main__":

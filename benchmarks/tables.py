@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
+
+from rich.console import Console
+from rich.table import Table
 
 from benchmarks.alternation import Result
 from benchmarks.machine import MatrixRate
@@ -51,23 +53,59 @@ def cells(result: Result, rate: float, baseline: Result) -> list[str]:
     Returns:
         A text for each of :data:`HEADINGS`.
     """
-    case, seconds = result.case, result.seconds()
+    case = result.case
     freezes = case.num_layers_unfrozen != -1 and result.system.startswith("ours")
     trains = f", top {case.num_layers_unfrozen}" if freezes else ""
     phases = [f"{median(result.seconds(phase)):.2f}" if result.seconds(phase) else "" for phase in PHASES]
-    dropped = f", {result.dropped} dropped" if result.dropped else ""
     return [
         f"{case.row} {case.size} {case.lengths}{trains}",
         result.system,
-        f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
+        spread(result.seconds()),
         *phases,
         f"{times_as_fast(result, baseline):.2f}",
         f"{result.response_length:.0f}",
         f"{result.tokens_per_second:.0f}",
         f"{100 * (result.share(rate) or 0.0):.0f} %",
         f"{result.peak:.2f}",
-        f"{len(seconds)}{dropped}" + (f", {result.disturbed} DISTURBED" if result.disturbed else ""),
+        iterations(result),
     ]
+
+
+def spread(seconds: Sequence[float]) -> str:
+    """What iterations took, in the middle and at the extremes.
+
+    Args:
+        seconds: Of each.
+
+    Returns:
+        A text for a cell.
+    """
+    return f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+
+
+def iterations(result: Result) -> str:
+    """How many iterations count, and how quiet the machine was.
+
+    Args:
+        result: Of a system.
+
+    Returns:
+        A text for a cell.
+    """
+    dropped = f", {result.dropped} dropped" if result.dropped else ""
+    return f"{len(result.iterations)}{dropped}{disturbance(result.disturbed)}"
+
+
+def disturbance(count: int) -> str:
+    """What is said of iterations that count although other processes used the machine.
+
+    Args:
+        count: How many they are.
+
+    Returns:
+        The end of a text for a cell; empty where there are none.
+    """
+    return f", {count} DISTURBED" if count else ""
 
 
 def lines_of(results: Sequence[Result], rate: float) -> list[list[str]]:
@@ -91,19 +129,6 @@ def lines_of(results: Sequence[Result], rate: float) -> list[list[str]]:
     return lines
 
 
-def command_line(program: str, args: Sequence[str] | None) -> str:
-    """What somebody has to type to get such a table.
-
-    Args:
-        program: Such as ``"benchmarks.speed"``.
-        args: Of the command line; None takes those of this process.
-
-    Returns:
-        The command.
-    """
-    return shlex.join(["python", "-m", program, *(sys.argv[1:] if args is None else args)])
-
-
 def markdown_table(lines: Sequence[Sequence[str]], facts: Sequence[str]) -> str:
     """A table for a page of text.
 
@@ -118,6 +143,23 @@ def markdown_table(lines: Sequence[Sequence[str]], facts: Sequence[str]) -> str:
     return "\n".join(
         ["| " + " | ".join(line) + " |" for line in [heading, ["---"] * len(heading), *rest]] + ["", *facts, ""]
     )
+
+
+def publish(lines: Sequence[Sequence[str]], facts: Sequence[str], path: Path) -> None:
+    """Prints a table, and writes it for a page of text.
+
+    Args:
+        lines: Cells, line by line; the first are headings.
+        facts: Sentences to go below it.
+        path: Of the Markdown.
+    """
+    heading, *rest = lines
+    table = Table(*heading)
+    for line in rest:
+        table.add_row(*line)
+    Console(width=max(Console().width, 170)).print(table, *facts, sep="\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(markdown_table(lines, facts))
 
 
 def facts_of(

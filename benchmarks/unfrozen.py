@@ -6,13 +6,12 @@ executed may be at most 1.2 times as much. Run it with::
 
     python -m benchmarks.unfrozen --size base --lengths full
 
-The table and the curve are written to ``outputs/unfrozen/``.
+The table and the curve are written to ``outputs/unfrozen/``; ``--iterations 0`` counts, and times nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,13 +22,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import ours, useful, workload
-from benchmarks.alternation import ROOT, measure
+from benchmarks.alternation import measure
 from benchmarks.counting import MatrixWork
-from benchmarks.tables import command_line, markdown_table
+from benchmarks.options import add_iterations, options_of, parser_of
+from benchmarks.tables import disturbance, publish, spread
 from benchmarks.workload import SIZES, Case
 
 ALLOWED = 1.2
@@ -70,12 +68,14 @@ class Cost:
         counted: GFLOP that were executed.
         needed: GFLOP of head and blocks that train, as :mod:`benchmarks.useful` counts them.
         seconds: Of every iteration.
+        disturbed: How many of them were, because the machine was never quiet.
     """
 
     top: int
     counted: float
     needed: float
     seconds: list[float]
+    disturbed: int = 0
 
     def bound(self, whole: Cost) -> float:
         """What share of the work of all blocks is allowed.
@@ -126,7 +126,7 @@ def lines_of(costs: Sequence[Cost]) -> list[list[str]]:
         if cost.seconds:
             middle = median(cost.seconds)
             seconds = [
-                f"{middle:.2f} ({min(cost.seconds):.2f} to {max(cost.seconds):.2f})",
+                spread(cost.seconds) + disturbance(cost.disturbed),
                 f"{middle / median(whole.seconds):.3f}",
                 f"{cost.counted / middle:.0f}",
             ]
@@ -173,26 +173,19 @@ def parsed(args: list[str] | None) -> argparse.Namespace:
         args: Of it.
 
     Returns:
-        The options; the last of ``tops`` is all blocks.
+        The options; the last of ``tops`` is all blocks, and what comes out is written under ``name``.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.unfrozen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("unfrozen", __doc__)
+    add_iterations(parser, 5)
     parser.add_argument("--row", choices=["ppo", "grpo", "grpo_mu"], default="ppo")
-    parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--lengths", choices=["ragged", "full"], default="full", help="of responses")
     parser.add_argument("--tops", type=int, nargs="+", metavar="N", help="blocks that train; 1 to all by default")
-    parser.add_argument("--iterations", type=int, default=5, help="that are timed, after one of warm-up; 0 counts only")
-    parser.add_argument("--others", type=float, default=0.25, help="cores that other processes may use meanwhile")
     parser.add_argument("--no-curve", dest="curve", action="store_false", help="draw nothing")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of torch")
-    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "unfrozen", help="folder to write to")
-    options = parser.parse_args(args)
+    options = options_of(parser, args, fewest=0)
     layers = SIZES[options.size].layers
     options.tops = sorted({*(options.tops or range(1, layers + 1)), layers})
     if not 1 <= options.tops[0] <= options.tops[-1] <= layers:
         parser.error(f"--tops {options.tops} must lie between 1 and the network's {layers} blocks")
-    options.command = command_line("benchmarks.unfrozen", args)
+    options.name = f"{options.row}-{options.size}-{options.lengths}"
     return options
 
 
@@ -205,33 +198,27 @@ def main(args: list[str] | None = None) -> None:
     options = parsed(args)
     options.output.mkdir(parents=True, exist_ok=True)
     costs: list[Cost] = []
-    attempts = 3 * options.iterations
     with tempfile.TemporaryDirectory() as folder:
         workload.save(Path(folder), SIZES[options.size], options.lengths)
         for top in options.tops:
-            case = Case(options.row, options.size, options.lengths, folder, options.threads, attempts + 2, top)
-            seconds: list[float] = []
+            case = Case(options.row, options.size, options.lengths, folder, options.threads, options.attempts + 2, top)
+            seconds, disturbed = list[float](), 0
             if options.iterations:
                 pythons = {"ours": Path(sys.executable)}
-                (timed,) = measure(case, pythons, options.iterations, attempts, options.others, options.output)
-                seconds = timed.seconds("optimise")
-            costs.append(Cost(top, *count(case), seconds))
+                (timed,) = measure(case, pythons, options.iterations, options.attempts, options.others, options.output)
+                seconds, disturbed = timed.seconds("optimise"), timed.disturbed
+            costs.append(Cost(top, *count(case), seconds, disturbed))
             print(f"top {top}: {costs[-1].counted:.1f} GFLOP", flush=True)
-    name = f"{options.row}-{options.size}-{options.lengths}"
     what = f"{options.row} {options.size} {options.lengths}"
     facts = [
         f"`{options.command}`",
         f"Updates of an iteration, {what}, {options.threads} threads; GFLOP that were executed, padding and all.",
     ]
-    lines = lines_of(costs)
-    table = Table(*HEADINGS)
-    for line in lines:
-        table.add_row(*line)
-    Console(width=max(Console().width, 120)).print(table, *facts, sep="\n")
     if options.curve:
-        draw(costs, what, options.output / "figures" / f"unfrozen-{name}.png")
-        facts += ["", f"![work and time over the blocks that train](figures/unfrozen-{name}.png)"]
-    (options.output / f"{name}.md").write_text(markdown_table([HEADINGS, *lines], facts))
+        figure = f"figures/unfrozen-{options.name}.png"
+        draw(costs, what, options.output / figure)
+        facts += ["", f"![work and time over the blocks that train]({figure})"]
+    publish([HEADINGS, *lines_of(costs)], facts, options.output / f"{options.name}.md")
     wasteful = [cost.top for cost in costs if not cost.is_low(costs[-1])]
     if wasteful:
         raise SystemExit(f"updates of the top {wasteful} blocks execute more than is allowed")

@@ -1,7 +1,8 @@
 """A process of its own for every system, which makes one iteration when it is told to and sleeps otherwise.
 
 It reads ``go`` from its standard input and answers each iteration with a line of JSON on its standard output; whatever
-the system prints goes to standard error.
+the system prints goes to standard error. When its standard input is closed, as by the end of whoever told it what to
+do, it ends too, in the middle of an iteration if need be.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -126,12 +128,32 @@ def run_of(system: str, case: Case) -> Callable[[Case, Gate], None]:
     return importlib.import_module(SYSTEMS[system]).RUNS[case.row]
 
 
+def while_open(commands: int) -> TextIO:
+    """Passes on what is read from a file, and ends this process as soon as nobody can write to it any more.
+
+    Args:
+        commands: Descriptor of a pipe, from which nothing else may read.
+
+    Returns:
+        The same lines.
+    """
+    lines, passed_on = os.pipe()
+
+    def pass_on() -> None:
+        while told := os.read(commands, 4096):  # no lock is held meanwhile, so that Python can also end by itself
+            os.write(passed_on, told)
+        os._exit(1)
+
+    threading.Thread(target=pass_on, daemon=True).start()
+    return os.fdopen(lines)
+
+
 def main() -> None:
     """Runs the system and the case that the command line names."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     system, case = sys.argv[1], Case(**json.loads(sys.argv[2]))
-    run_of(system, case)(case, Gate(sys.stdin, replies))
+    run_of(system, case)(case, Gate(while_open(sys.stdin.fileno()), replies))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@ import io
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
+from subprocess import PIPE, Popen, TimeoutExpired
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import environments, ours, speed, tables, workload
-from benchmarks.alternation import Result, chosen, measure
+from benchmarks.alternation import ROOT, Result, chosen, measure
 from benchmarks.machine import Clock, MatrixRate, best, better, forget_peak, matrix_rates, memory_now, peak_memory
 from benchmarks.useful import work
 from benchmarks.worker import Gate, run_of
@@ -67,7 +69,7 @@ def test_a_peak_that_was_forgotten_is_no_more_than_what_is_held_now():
 
 def test_a_matrix_rate_is_two_operations_per_multiplication(monkeypatch):
     product = SimpleNamespace(slept=lambda x, weight: time.sleep(0.05))
-    monkeypatch.setattr("benchmarks.machine.RATE_FROM", {"MKL": product.slept})
+    monkeypatch.setattr("benchmarks.machine.BACKENDS", {"MKL": product.slept})
     (rate,) = matrix_rates(1, repeats=2, shapes=[(10, 20, 30), (1000, 2000, 50)]).values()
     assert rate.shape == (1000, 2000, 50)
     assert rate.gflops == pytest.approx(2 * 1000 * 2000 * 50 / 0.05 / 1e9, rel=0.2)
@@ -80,7 +82,7 @@ def test_torch_and_onednn_are_both_asked_for_their_best_product():
     assert all(0.01 < rate.gflops < 5000 for rate in rates.values())
 
 
-def test_the_best_of_several_measurements_counts_library_by_library():
+def test_the_best_of_several_measurements_counts_backend_by_backend():
     first = {"MKL": MatrixRate("MKL", 3.0, (1, 1, 1)), "oneDNN": MatrixRate("oneDNN", 4.0, (1, 1, 1))}
     second = {"MKL": MatrixRate("MKL", 2.0, (2, 2, 2)), "oneDNN": MatrixRate("oneDNN", 5.0, (2, 2, 2))}
     found = better(first, second)
@@ -123,6 +125,37 @@ def test_a_gate_waits_to_be_told_and_times_only_what_lies_between():
     assert second["seconds"] < 0.25
     assert (first["rows"], second["rows"], second["score"]) == ([[1, 2]], [[3, 4]], 5.0)
     assert second["versions"].keys() >= {"python", "torch", "transformers", "lightning"}
+
+
+BUSY = """
+import sys, time, types
+from benchmarks import worker
+
+def busy(case, gate):
+    gate.wait([])
+    gate.wait([])
+    time.sleep(600)
+
+sys.modules["busy"] = types.SimpleNamespace(RUNS={"ppo": busy})
+worker.SYSTEMS["busy"] = "busy"
+worker.main()
+"""
+
+
+def test_a_worker_whose_parent_is_gone_ends_in_the_middle_of_an_iteration():
+    command = [sys.executable, "-c", BUSY, "busy", json.dumps(asdict(CASE))]
+    with Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=ROOT) as process:
+        for _ in range(2):
+            assert json.loads(process.stdout.readline())["rows"] == []
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        try:
+            with pytest.raises(TimeoutExpired):
+                process.wait(0.5)
+            process.stdin.close()
+            assert process.wait(30) == 1
+        finally:
+            process.kill()
 
 
 def test_the_share_of_the_matrix_rate_is_useful_work_over_time():
@@ -177,7 +210,7 @@ def test_only_environments_made_to_their_end_are_used(tmp_path, monkeypatch):
 def test_what_cannot_be_measured_is_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         speed.parsed(arguments)
-    assert arguments[1] in capsys.readouterr().err
+    assert arguments[1] in capsys.readouterr().err.splitlines()[-1]  # above it all options are listed
 
 
 def test_without_onednn_the_same_work_is_done_by_mkl(monkeypatch):

@@ -41,12 +41,50 @@ def test_the_verdict_says_what_grows_beyond_fifteen_percent():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--batches", "12"], ["--micro-batch-size", "4", "--micro-batch-tokens", "9"], ["--iterations", "0"]],
+    [
+        ["--batches", "12"],
+        ["--micro-batch-size", "4", "--micro-batch-tokens", "9"],
+        ["--micro-batch-size", "0"],
+        ["--micro-batch-tokens", "-1"],
+        ["--iterations", "0"],
+    ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         batch_size.parsed(arguments)
-    assert arguments[0] in capsys.readouterr().err
+    assert arguments[0] in capsys.readouterr().err.splitlines()[-1]  # above it all options are listed
+
+
+def test_pieces_are_of_eight_responses_or_of_so_many_tokens():
+    options = batch_size.parsed([])
+    assert (options.micro_batch_size, options.micro_batch_tokens) == (8, None)
+    options = batch_size.parsed(["--micro-batch-tokens", "900"])
+    assert (options.micro_batch_size, options.micro_batch_tokens) == (None, 900)
+
+
+@pytest.mark.parametrize(
+    ("args", "name", "piece"),
+    [([], "ppo-small-full", "8 responses"), (["--micro-batch-tokens", "900"], "ppo-small-full-tokens", "900 tokens")],
+)
+def test_every_batch_is_measured_by_itself_and_the_page_says_how(args, name, piece, tmp_path, monkeypatch, capsys):
+    cases = []
+
+    def measured(case, pythons, count, attempts, *_):
+        assert (list(pythons), count, attempts, case.iterations) == (["ours_memory"], 2, 6, 8)
+        cases.append(case)
+        return [growth(case.batch, [case.batch / 8.0] * 2, [1.0] * 2).result]
+
+    monkeypatch.setattr(batch_size, "measure", measured)
+    monkeypatch.setattr(workload, "save", lambda *_: None)
+    shared = ["--batches", "16", "8", "--iterations", "2", "--output", str(tmp_path)]
+    batch_size.main([*args, *shared])
+    assert [case.batch for case in cases] == [8, 16]
+    assert {(c.micro_batch_size, c.micro_batch_tokens) for c in cases} == {(0, 900) if args else (8, 0)}
+    page = (tmp_path / f"{name}.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in page[2:4]] == ["| 8", "| 16"]
+    assert page[5] == f"`python -m benchmarks.batch_size {' '.join([*args, *shared])}`"
+    assert f"{piece} of a batch at a time" in page[6]
+    assert page[7] in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -63,6 +101,14 @@ def test_a_batch_of_any_size_is_one_step_in_micro_batches(pieces, tmp_path, monk
         module.update = lambda minibatch: (updates.append(len(minibatch.micro_batches)), update(minibatch))
         return module
 
+    reward = workload.reward
+
+    def greedy(*args):
+        block = bytearray(2**30)  # before the updates, whose peak this is not
+        block[::4096] = b"x" * len(block[::4096])
+        return reward(*args)
+
+    monkeypatch.setattr(workload, "reward", greedy)
     monkeypatch.setattr(ours, "module_of", watched)
     replies = io.StringIO()
     case = Case("ppo", "tiny", "full", str(tmp_path), 1, 2, batch=24, **pieces)
@@ -73,4 +119,4 @@ def test_a_batch_of_any_size_is_one_step_in_micro_batches(pieces, tmp_path, monk
     assert all(count >= 3 for count in updates)  # 24 responses of 64 tokens, and their prompts
     assert len(reply["rows"]) == 24
     assert 0 < reply["optimise"] < reply["seconds"]
-    assert 0 <= reply["update_gib"] < 1
+    assert 0 <= reply["update_gib"] < 0.5

@@ -1,11 +1,15 @@
 """Pages show what was measured, and nothing else of them changes."""
 
+import importlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, speed
+from benchmarks.alternation import Result
+from benchmarks.machine import MatrixRate
 
 
 @pytest.fixture
@@ -50,7 +54,12 @@ def test_a_region_without_beginning_or_end_is_refused_and_nothing_written(text, 
 
 def measured(row, system, seconds, **more):
     return {
-        "case": {"row": row, "size": "base", "lengths": "full", "num_layers_unfrozen": more.pop("top", -1)},
+        "case": {
+            "row": row,
+            "size": more.pop("size", "base"),
+            "lengths": more.pop("lengths", "full"),
+            "num_layers_unfrozen": more.pop("top", -1),
+        },
         "system": system,
         "seconds": {"median": seconds},
         "share_of_matrix_rate": {"whole": 0.5 if system == "ours" else 0.25},
@@ -86,6 +95,56 @@ def test_the_summary_has_a_line_for_every_row_that_had_a_peer(outputs):
     assert "alone" not in "".join(table)
 
 
+@pytest.mark.parametrize("systems", [["ours", "ours_mkl"], ["ours_mkl", "trl"], ["trl"], ["ours", "ours_mkl", "trl"]])
+def test_only_this_library_as_it_is_beside_its_peer_is_a_line_of_the_summary(systems, outputs):
+    results = [measured("sft", system, 3.0) for system in systems]
+    (outputs / "speed" / "a.json").write_text(json.dumps({"command": "python it", "results": results}))
+    assert report.summary(outputs / "speed") is None
+
+
+def test_the_summary_goes_by_size_then_from_full_to_ragged_responses_then_from_all_blocks_to_few(outputs):
+    kinds = [
+        {"size": "base", "lengths": "ragged"},
+        {"size": "base", "lengths": "full", "top": 2},
+        {"size": "base", "lengths": "full"},
+        {"size": "small", "lengths": "ragged"},
+    ]
+    for name, kind in zip("abcd", kinds, strict=True):
+        results = [measured("ppo", system, 3.0, **kind) for system in ("ours", "trl")]
+        (outputs / "speed" / f"{name}.json").write_text(json.dumps({"command": f"python {name}", "results": results}))
+    lines = report.summary(outputs / "speed").splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:6]] == [
+        "| ppo, small, ragged",
+        "| ppo, base, full",
+        "| ppo, base, full, top 2 blocks",
+        "| ppo, base, ragged",
+    ]
+    assert "`python d`, `python c`, `python b`, `python a`" in lines[-1]
+
+
+def test_the_summary_reads_what_a_measurement_writes(outputs, monkeypatch, capsys):
+    def measure(case, pythons, count, attempts, *_):
+        assert (count, attempts, case.iterations, case.num_layers_unfrozen) == (1, 3, 5, 2)
+        seconds = {"ours": 2.0, "trl": 9.0}
+        made = {"others": 0.0, "rows": [[40, 24]], "peak": 1.5, "versions": {"torch": "2"}}
+        return [Result(system, case, [{**made, "seconds": seconds[system]}]) for system in pythons]
+
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "matrix_rates", lambda threads: {"MKL": MatrixRate("MKL", 100.0, (1, 2, 3))})
+    monkeypatch.setattr(speed, "pythons_of", lambda *_: {"ours": Path("python"), "trl": Path("python")})
+    monkeypatch.setattr(speed.workload, "save", lambda *_: None)
+    options = ["ppo", "--unfrozen", "2", "--iterations", "1", "--output", str(outputs / "speed")]
+    speed.main(options)
+    capsys.readouterr()
+    line, _, made = report.summary(outputs / "speed").splitlines()[2:]
+    assert line.startswith("| ppo, small, full, top 2 blocks | 2.0 | 9.0 | 4.5 | ")
+    assert line.endswith(" | 1.5, trl 1.5 |")
+    assert f"`python -m benchmarks.speed {' '.join(options)}`" in made
+    page = (outputs / "speed" / "ppo-small-full-top2.md").read_text()
+    assert page.startswith("| row | system | seconds (min to max) |")
+    assert "| ppo small full, top 2 | ours | 2.00 (2.00 to 2.00) |" in page
+
+
 def test_the_project_s_pages_can_be_filled(tmp_path):
     for name in report.PAGES:
         copy = tmp_path / name
@@ -98,16 +157,13 @@ def test_the_project_s_pages_can_be_filled(tmp_path):
 
 def test_every_table_of_the_page_is_made_by_a_command_that_it_names():
     page, makefile = ((report.ROOT / name).read_text() for name in ("docs/performance.md", "Makefile"))
-    made = re.findall(r"python -m benchmarks\.(\w+) (.+)", makefile.partition("bench-report: ")[2])
+    recipe = makefile.partition("bench-report: ")[2].partition("\n\n")[0]
+    commands = re.findall(r"python -m benchmarks\.(\w+) (.+)", recipe)
+    assert len(commands) == 9
     names = {report.SUMMARY}
-    for program, line in made[: [program for program, _ in made].index("profile") + 2]:
-        words = line.split()
-        options = {word: words[i + 1] for i, word in enumerate(words) if word.startswith("--")}
-        rows = words[: next(i for i, word in enumerate(words) if word.startswith("--"))] or [
-            options.get("--row", "ppo")
-        ]
-        name = "-".join([*rows, options["--size"], options.get("--lengths", "full")])
-        name += f"-top{options['--unfrozen']}" if "--unfrozen" in options else ""
-        name += "-onednn-mkl" if "--kernel" in options else ""
-        names.add(f"{program}/{name}" + ("-tokens" if "--micro-batch-tokens" in options else ""))
+    for program, args in commands:
+        options = importlib.import_module(f"benchmarks.{program}").parsed(args.split())
+        assert options.output == report.ROOT / "outputs" / program
+        assert options.command == f"python -m benchmarks.{program} {args}"
+        names.add(f"{program}/{options.name}")
     assert set(re.findall(r"<!-- begin: (\S+) -->", page)) == names

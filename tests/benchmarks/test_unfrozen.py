@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ours, unfrozen, workload
+from benchmarks.alternation import Result
 from benchmarks.unfrozen import Cost
 from benchmarks.workload import Case, Size
 
@@ -48,6 +49,26 @@ def test_a_fifth_more_than_head_and_blocks_is_allowed():
     ]
 
 
+def test_updates_that_others_disturbed_are_timed_and_it_is_said(tmp_path, monkeypatch, capsys):
+    def measured(case, pythons, count, attempts, *_):
+        assert (list(pythons), count, attempts, case.iterations) == (["ours"], 2, 7, 9)
+        top = case.num_layers_unfrozen
+        updates = [{"seconds": 99.0, "optimise": float(top + i)} for i in range(2)]
+        return [Result("ours", case, updates, disturbed=int(top == 4))]
+
+    monkeypatch.setattr(unfrozen, "measure", measured)
+    monkeypatch.setattr(unfrozen, "count", lambda case: (100.0, 100.0))
+    monkeypatch.setattr(workload, "save", lambda *_: None)
+    unfrozen.main(
+        ["--tops", "2", "--iterations", "2", "--attempts", "7", "--lengths", "ragged", "--no-curve"]
+        + ["--output", str(tmp_path)]
+    )
+    two, four = (tmp_path / "ppo-small-ragged.md").read_text().splitlines()[2:4]
+    assert two.split(" | ")[4:] == ["2.50 (2.00 to 3.00)", "0.556", "40 |"]
+    assert four.split(" | ")[4:] == ["4.50 (4.00 to 5.00), 1 DISTURBED", "1.000", "22 |"]
+    capsys.readouterr()
+
+
 def test_a_table_and_a_small_curve_are_written_and_waste_ends_in_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(unfrozen, "count", lambda case: ([0.0, 50.0, 40.0, 70.0, 100.0][case.num_layers_unfrozen],) * 2)
     monkeypatch.setattr(workload, "save", lambda *_: None)
@@ -73,5 +94,5 @@ def test_all_blocks_are_always_measured_and_more_than_there_are_is_refused(capsy
     for wrong in ("0", "5"):
         with pytest.raises(SystemExit):
             unfrozen.parsed(["--tops", wrong])
-        assert "--tops" in capsys.readouterr().err
+        assert "--tops" in capsys.readouterr().err.splitlines()[-1]  # above it all options are listed
     assert Path(unfrozen.parsed([]).output).name == "unfrozen"
