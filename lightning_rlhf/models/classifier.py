@@ -14,8 +14,8 @@ from jaxtyping import Float
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_rlhf.models.decoder import same_logits
 from lightning_rlhf.models.loading import ModelSpec, _check_folder
+from lightning_rlhf.models.outputs import same_logits
 from lightning_rlhf.models.quantization import quantization_config, steady
 
 Row = dict[str, list[int]]
