@@ -46,7 +46,7 @@ class Adapters:
     def __init__(self, model: PreTrainedModel, adapter: AdapterLike) -> None:
         from peft import PeftModel, get_peft_model
 
-        config = adapter_config(adapter)
+        config = adapter_config(adapter, model.config.is_encoder_decoder)
         own = {id(parameter) for parameter in model.parameters()}
         self.model = model
         self.was_trained = isinstance(adapter, str | os.PathLike)
