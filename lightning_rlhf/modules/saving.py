@@ -51,14 +51,14 @@ class SavedModule(EvaluatedModule):
         adapters = self.policy.decoder.adapters
         if adapters is not None:
             checkpoint[STATE]["adapter"] = adapters.state_dict()
-        if self._left_out:
+        left_out = self._left_out
+        if left_out:
             self._frozen = self._frozen or self._fingerprint()
             checkpoint[STATE]["frozen"] = self._frozen
-            if not isinstance(
-                self.trainer.strategy, ModelParallelStrategy
-            ):  # whose folders are read whole or not at all
-                weights = checkpoint["state_dict"]
-                checkpoint["state_dict"] = {name: weights[name] for name in weights.keys() - self._left_out}
+            # Folders of shards are read whole or not at all.
+            if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+                weights = checkpoint["state_dict"].items()
+                checkpoint["state_dict"] = {name: weight for name, weight in weights if name not in left_out}
         settle(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
