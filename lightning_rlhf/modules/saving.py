@@ -18,6 +18,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from lightning_rlhf.data.settled import settle
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.dropout import DropoutValues, original_dropout
+from lightning_rlhf.models.encoder_decoder import decoder_of
 from lightning_rlhf.models.loading import ModelSpec
 from lightning_rlhf.models.quantization import is_quantized
 from lightning_rlhf.models.reference import fingerprint
@@ -162,7 +163,8 @@ def merged(decoder: Decoder, weights: Mapping[str, Tensor] | None = None) -> Pre
         decoder.eval()
         logits = decoder(tokens, mask, keep=tokens.shape[1]).logits.float().cpu()
         decoder.train(was_training)
-        distance = (second(input_ids=tokens.cpu()).logits.float() - logits).abs().max()
+        own = decoder_of(second)(tokens.cpu(), mask.cpu(), keep=tokens.shape[1]).logits.float()
+        distance = (own - logits).abs().max()
         rank_zero_info(
             f"The merged model's logits differ from those of the quantised one by {float(distance):.2g} at most; their "
             f"standard deviation is {float(logits.std()):.2g}."

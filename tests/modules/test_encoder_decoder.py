@@ -1,6 +1,8 @@
 """The modules on encoder-decoders, of whose halves they know nothing."""
 
 import functools
+import logging
+import re
 
 import pytest
 import torch
@@ -227,6 +229,30 @@ def test_an_adapter_learns_in_both_halves_and_peft_reads_it(name, tmp_path):
         )
     for other in others:
         torch.testing.assert_close(other, own, rtol=0, atol=1e-5)
+
+
+@pytest.mark.invariant(9, 10, 13)
+@pytest.mark.parametrize(("name", "more"), [("t5", {"d_kv": 16, "d_ff": 64}), ("bart", {})])
+def test_an_adapter_on_quantised_halves_is_merged_into_what_they_are(name, more, tmp_path, caplog):
+    network_of(name, d_model=64, **more).save_pretrained(tmp_path / "model")  # weights are rounded in groups of 64
+    lora = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
+    spec = ModelSpec(tmp_path / "model", adapter=lora, quantization="nf4")
+    module = module_of(PPOModule, spec, tokenizer=TOKENIZERS[name](), kl_coef=0.1)
+    seen = fit(module, iterations=1, prompts=PROMPTS[:4])
+    assert seen.metrics[0]["kl/sequence"] == pytest.approx(0.0, abs=2e-5)
+    assert seen.metrics[0]["policy/sampler_gap"] < 1e-5
+    with caplog.at_level(logging.INFO):
+        module.save_pretrained(tmp_path / "merged", merge_adapter=True)
+    (said,) = re.findall(r"differ from those of the quantised one by (\S+) at most", caplog.text)
+    assert float(said) < 1e-4
+    tokens = torch.arange(12).reshape(2, 6)
+    merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        logits = [
+            each(input_ids=tokens, decoder_input_ids=tokens.flip(1)).logits
+            for each in (merged, module.policy.decoder.model.eval())
+        ]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 
 
 def test_what_is_written_can_be_measured_and_predicted():
