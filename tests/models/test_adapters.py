@@ -274,7 +274,8 @@ def test_an_adapter_is_put_into_a_model_that_cannot_be_padded():
 # --- AdaLoRA --------------------------------------------------------------------------------------------------------
 
 
-def test_ranks_are_taken_away_as_adalora_plans():
+@between_peft_and_transformers
+def test_ranks_are_taken_away_as_adalora_plans(tmp_path):
     config = AdaLoraConfig(init_r=4, target_r=2, total_step=8, tinit=1, tfinal=3, deltaT=1)
     policy = policy_of(tiny_gpt2(), config)
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
@@ -290,6 +291,14 @@ def test_ranks_are_taken_away_as_adalora_plans():
     assert ranks[-1] == 2 * 2  # to two on average
     assert ranks == sorted(ranks, reverse=True)
     assert policy.decoder.adapters.updates == 8
+    assert policy.decoder.adapters.config.rank_pattern
+    policy.decoder.adapters.save(str(tmp_path))  # with the ranks that are 0
+    assert policy.decoder.adapters.config.rank_pattern
+    own = logits(policy.decoder.model)
+    assert float((own - logits(alone(tiny_gpt2()).decoder.model)).abs().max()) > 1e-3
+    assert_close(logits(PeftModel.from_pretrained(network(tiny_gpt2()), str(tmp_path))), own, rtol=0, atol=1e-6)
+    assert_close(logits(policy_of(tiny_gpt2(), str(tmp_path)).decoder.model), own, rtol=0, atol=1e-6)
+    assert_close(logits(policy.decoder.adapters.merged()), own, rtol=0, atol=1e-5)
     optimizer.zero_grad()
     policy(rollouts()).values.mean().backward()
     for parameter in policy.decoder.parameters():
