@@ -14,7 +14,7 @@ from jaxtyping import Float
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_rlhf.models.loading import ModelSpec, _check_folder
+from lightning_rlhf.models.loading import ModelSpec, check_folder
 from lightning_rlhf.models.quantization import quantization_config, steady
 
 Row = dict[str, list[int]]
@@ -47,7 +47,7 @@ def load_classifier(spec: ModelSpec, argument: str) -> Any:
         if field.name not in READ and value != default:
             raise ValueError(f"`{argument}.{field.name}={value!r}` is a policy's, and a reward model reads none of it.")
     name = os.fspath(spec.model)
-    _check_folder(name)
+    check_folder(name)
     options: dict[str, Any] = {}
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation

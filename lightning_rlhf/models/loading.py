@@ -134,7 +134,7 @@ class ModelSpec:
         if self.adapter is None:
             return None
         if isinstance(self.adapter, str | os.PathLike):
-            _check_folder(os.fspath(self.adapter), "adapter")
+            check_folder(os.fspath(self.adapter), "adapter")
         return Adapters(model, self.adapter)
 
     def load(self) -> PreTrainedModel:
@@ -177,7 +177,7 @@ class ModelSpec:
     def _from_name(self, name: str) -> PreTrainedModel:
         from transformers import AutoConfig
 
-        _check_folder(name)
+        check_folder(name)
         if has_adapter_only(name):
             raise ValueError(
                 f"`model={name!r}` holds an adapter and no model: pass `ModelSpec(<the model>, adapter={name!r})`."
@@ -214,7 +214,7 @@ class ModelSpec:
         if not self.is_named:
             raise ValueError("`tokenizer=None` must be given where the model is a config or an object: pass one.")
         name = os.fspath(self.model)
-        _check_folder(name)
+        check_folder(name)
         return AutoTokenizer.from_pretrained(name, **self._source())
 
     def _torch_dtype(self) -> torch.dtype:
@@ -228,8 +228,16 @@ ModelLike: TypeAlias = ModelSpec | ModelSource
 """A name, folder, config, model or :class:`ModelSpec`; from YAML also a spec's fields."""
 
 
-def _check_folder(name: str, argument: str = "model") -> None:
-    """What looks like a path must be one: the hub's own message would speak of a repository id."""
+def check_folder(name: str, argument: str = "model") -> None:
+    """What looks like a path must be one: the hub's own message would speak of a repository id.
+
+    Args:
+        name: A folder or hub name.
+        argument: What the user calls it.
+
+    Raises:
+        ValueError: If there is no such folder.
+    """
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep in name.replace("/", "", 1)
     if looks_local and not Path(name).is_dir():
         raise ValueError(f"`{argument}={name!r}` looks like a folder, and there is none: check the path.")

@@ -233,6 +233,12 @@ def test_a_named_reference_that_cannot_share_is_a_model_of_its_own(tmp_path):
     assert on_the_same_model(policy_of(config, pissa), ModelSpec("here", adapter=pissa), ModelSpec("here")) is None
 
 
+def test_a_named_reference_whose_adapter_is_missing_is_refused_by_name():
+    missing = ModelSpec("here", adapter="./no/such/adapter")
+    with pytest.raises(ValueError, match="`reference.adapter='./no/such/adapter'` looks like a folder, and there is"):
+        on_the_same_model(policy_of(tiny_gpt2(), LORA), ModelSpec("here", adapter=LORA), missing)
+
+
 @pytest.mark.invariant(12)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
 def test_blocks_below_all_adapters_are_run_once(name):
