@@ -313,6 +313,35 @@ def test_ranks_are_taken_away_as_adalora_plans(tmp_path):
     assert policy.decoder.adapters.updates == 8
 
 
+@pytest.mark.invariant(36)
+def test_what_adalora_has_measured_goes_on_from_its_state():
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=40, tinit=1, tfinal=3, deltaT=1)
+
+    def update(policy):
+        optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1)
+        policy.decoder.adapters.follow(optimizer)
+        optimizer.zero_grad()
+        output = policy(rollouts())
+        (output.values - output.logprobs).mean().backward()
+        optimizer.step()
+
+    policy, other = policy_of(tiny_gpt2(), config), policy_of(tiny_gpt2(), config)
+    for _ in range(3):
+        update(policy)
+    other.load_state_dict(policy.state_dict())
+    other.decoder.adapters.load_state_dict(copy.deepcopy(policy.decoder.adapters.state_dict()))
+    update(policy)
+    update(other)
+    mine, its = policy.decoder.adapters.state_dict(), other.decoder.adapters.state_dict()
+    assert (its["updates"], its["rank_pattern"]) == (mine["updates"], mine["rank_pattern"])
+    assert mine["updates"] == 4
+    for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+        assert its["moments"][name].keys() == mine["moments"][name].keys()
+        assert all(torch.equal(its["moments"][name][key], value) for key, value in mine["moments"][name].items())
+        assert any(value.any() for value in mine["moments"][name].values())
+    assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), other.parameters(), strict=True))
+
+
 # --- what an adapter may be given as --------------------------------------------------------------------------------
 
 
