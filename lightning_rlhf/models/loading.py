@@ -13,7 +13,6 @@ import torch
 
 from lightning_rlhf.models.adapter_configs import AdapterLike, has_adapter_only, plain_adapter
 from lightning_rlhf.models.adapters import Adapters
-from lightning_rlhf.models.gguf import unpacked
 from lightning_rlhf.models.quantization import QuantizationLike, plain_quantization, quantization_config, steady
 
 if TYPE_CHECKING:
@@ -175,7 +174,7 @@ class ModelSpec:
         )
 
     def _from_name(self, name: str) -> PreTrainedModel:
-        from transformers import AutoConfig
+        from transformers import AutoConfig, GgufConfig
 
         check_folder(name)
         if has_adapter_only(name):
@@ -189,8 +188,8 @@ class ModelSpec:
             options["attn_implementation"] = self.attn_implementation
         if self.quantization is not None:
             options["quantization_config"] = quantization_config(self.quantization, self._torch_dtype())
-        if self.gguf_file is not None:
-            return unpacked(_auto_class(config), name, options)
+        if self.gguf_file is not None:  # unpacked, it trains and is saved as any other
+            options["quantization_config"] = GgufConfig(dequantize=True)
         model = _auto_class(config).from_pretrained(name, config=config, **options)
         steady(model)
         return model
