@@ -167,6 +167,8 @@ middle = time.perf_counter()
 before = set(sys.modules)
 import lightning_rlhf
 end = time.perf_counter()
+for name in lightning_rlhf.__all__:
+    getattr(lightning_rlhf, name)
 print(json.dumps([middle - start, end - middle, sorted(set(sys.modules) - before)]))
 """
     output = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(ROOT))

@@ -19,12 +19,13 @@ else:
     AdapterLike = Any
 
 
-def adapter_config(adapter: AdapterLike) -> PeftConfig:
+def adapter_config(adapter: AdapterLike, has_encoder: bool = False) -> PeftConfig:
     """What PEFT makes an adapter of.
 
     Args:
         adapter: A config, its fields (with ``peft_type``, or ``class_path`` and ``init_args``), or the folder or name
             of an adapter.
+        has_encoder: Whether it is for an encoder-decoder, by which PEFT knows how to load it again.
 
     Returns:
         A config of its own.
@@ -61,7 +62,7 @@ def adapter_config(adapter: AdapterLike) -> PeftConfig:
             "`adapter.alora_invocation_tokens` switches the adapter on in the middle of a text, which only PEFT's own "
             "forward does: leave it out."
         )
-    config.task_type = config.task_type or "CAUSAL_LM"
+    config.task_type = config.task_type or ("SEQ_2_SEQ_LM" if has_encoder else "CAUSAL_LM")
     return config
 
 

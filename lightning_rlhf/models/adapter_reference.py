@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_rlhf.models.adapter_configs import changes_model
 from lightning_rlhf.models.adapters import REFERENCE, Adapters
 from lightning_rlhf.models.decoder import Decoder
-from lightning_rlhf.models.loading import ModelSpec
+from lightning_rlhf.models.loading import ModelSpec, check_folder
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reference import Reference
 
@@ -88,6 +88,7 @@ def on_the_same_model(policy: Policy, spec: ModelSpec, reference: ModelSpec) -> 
     if reference.adapter is None:
         return None if changes_model(adapters.config) else AdapterReference(policy, None)
     assert isinstance(reference.adapter, str | os.PathLike)
+    check_folder(os.fspath(reference.adapter), "reference.adapter")
     return AdapterReference(policy, REFERENCE) if adapters.load(reference.adapter) else None
 
 

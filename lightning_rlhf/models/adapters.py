@@ -46,7 +46,7 @@ class Adapters:
     def __init__(self, model: PreTrainedModel, adapter: AdapterLike) -> None:
         from peft import PeftModel, get_peft_model
 
-        config = adapter_config(adapter)
+        config = adapter_config(adapter, model.config.is_encoder_decoder)
         own = {id(parameter) for parameter in model.parameters()}
         self.model = model
         self.was_trained = isinstance(adapter, str | os.PathLike)
@@ -196,10 +196,8 @@ class Adapters:
         """
         from peft import get_peft_model_state_dict
 
-        if weights is not None:
-            weights = {f"base_model.model.{name}": weight for name, weight in weights.items()}
         with self._whole_ranks():
-            state = get_peft_model_state_dict(self.peft, weights, TRAINED, save_embedding_layers=False)
+            state = get_peft_model_state_dict(self.peft, _prefixed(weights), TRAINED, save_embedding_layers=False)
         return {name: weight.detach().cpu().clone() for name, weight in state.items()}
 
     def save(self, folder: str, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -209,11 +207,9 @@ class Adapters:
             folder: Where to.
             weights: All weights of the model, where they are sharded.
         """
-        if weights is not None:
-            weights = {f"base_model.model.{name}": weight for name, weight in weights.items()}
         with self._whole_ranks():
             self.peft.save_pretrained(
-                folder, selected_adapters=[TRAINED], state_dict=weights, save_embedding_layers=False
+                folder, selected_adapters=[TRAINED], state_dict=_prefixed(weights), save_embedding_layers=False
             )
 
     @contextmanager
@@ -253,6 +249,11 @@ class Adapters:
 
         result = set_peft_model_state_dict(peft, dict(state), adapter_name=name)
         assert not result.unexpected_keys
+
+
+def _prefixed(weights: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """A model's weights under the names that they have in PEFT's wrapper."""
+    return None if weights is None else {f"base_model.model.{name}": weight for name, weight in weights.items()}
 
 
 @contextmanager

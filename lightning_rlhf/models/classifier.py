@@ -14,7 +14,7 @@ from jaxtyping import Float
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_rlhf.models.loading import ModelSpec, _check_folder
+from lightning_rlhf.models.loading import ModelSpec, check_folder
 from lightning_rlhf.models.outputs import same_logits
 from lightning_rlhf.models.quantization import quantization_config, steady
 
@@ -48,16 +48,16 @@ def load_classifier(spec: ModelSpec, argument: str) -> Any:
         if field.name not in READ and value != default:
             raise ValueError(f"`{argument}.{field.name}={value!r}` is a policy's, and a reward model reads none of it.")
     name = os.fspath(spec.model)
-    _check_folder(name)
+    check_folder(name)
     options: dict[str, Any] = {}
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
     if spec.quantization is not None:
-        options["quantization_config"] = quantization_config(spec.quantization, spec._torch_dtype())
+        options["quantization_config"] = quantization_config(spec.quantization, spec.torch_dtype())
     try:
         model, found = AutoModelForSequenceClassification.from_pretrained(
             name,
-            dtype=spec._torch_dtype(),
+            dtype=spec.torch_dtype(),
             revision=spec.revision or "main",
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,

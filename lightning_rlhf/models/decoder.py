@@ -78,7 +78,7 @@ class Decoder(nn.Module):
     def max_positions(self) -> int | None:
         """How many tokens a row may have, prompt and response together; None if the config names no limit."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return None if limit is None or limit < 0 else limit  # XLNet's -1 is no limit
+        return None if limit is None or limit <= 0 else limit  # XLNet's -1 is no limit
 
     def prompt_room(self, max_new_tokens: int) -> int | None:
         """How many tokens a prompt may have.

@@ -50,7 +50,7 @@ class EncoderDecoder(Decoder):
         prefix: What the decoder reads before the response.
 
     Raises:
-        ValueError: If nothing says what a response begins with.
+        ValueError: If nothing says what a response begins with, or something says several things.
     """
 
     has_encoder = True
@@ -253,8 +253,13 @@ def _token(model: PreTrainedModel, name: str) -> int | None:
     """A special token of the generation config, or else of the config."""
     for config in (getattr(model, "generation_config", None), model.config):
         token = getattr(config, name, None)
+        if token is not None and not isinstance(token, int):
+            raise ValueError(
+                f"`{name}={token!r}` of `policy={type(model).__name__}` must be one token, behind which every response "
+                "begins: set a single id in the model's generation config."
+            )
         if token is not None:
-            return int(token)
+            return token
     return None
 
 

@@ -13,7 +13,6 @@ import torch
 
 from lightning_rlhf.models.adapter_configs import AdapterLike, has_adapter_only, plain_adapter
 from lightning_rlhf.models.adapters import Adapters
-from lightning_rlhf.models.gguf import unpacked
 from lightning_rlhf.models.quantization import QuantizationLike, plain_quantization, quantization_config, steady
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ class ModelSpec:
         if self.adapter is None:
             return None
         if isinstance(self.adapter, str | os.PathLike):
-            _check_folder(os.fspath(self.adapter), "adapter")
+            check_folder(os.fspath(self.adapter), "adapter")
         return Adapters(model, self.adapter)
 
     def load(self) -> PreTrainedModel:
@@ -150,7 +149,7 @@ class ModelSpec:
         from transformers import PretrainedConfig, PreTrainedModel
 
         if isinstance(self.model, PreTrainedModel):
-            model = copy.deepcopy(self.model).to(self._torch_dtype())
+            model = copy.deepcopy(self.model).to(self.torch_dtype())
         elif isinstance(self.model, PretrainedConfig):
             model = self._from_config(copy.deepcopy(self.model))
         elif self.is_named:
@@ -170,27 +169,27 @@ class ModelSpec:
         options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         return (
             _auto_class(config)
-            .from_config(config, dtype=self._torch_dtype(), trust_remote_code=self.trust_remote_code, **options)
+            .from_config(config, dtype=self.torch_dtype(), trust_remote_code=self.trust_remote_code, **options)
             .eval()
         )
 
     def _from_name(self, name: str) -> PreTrainedModel:
-        from transformers import AutoConfig
+        from transformers import AutoConfig, GgufConfig
 
-        _check_folder(name)
+        check_folder(name)
         if has_adapter_only(name):
             raise ValueError(
                 f"`model={name!r}` holds an adapter and no model: pass `ModelSpec(<the model>, adapter={name!r})`."
             )
         source = self._source()
         config = AutoConfig.from_pretrained(name, **source)
-        options: dict[str, Any] = {"dtype": self._torch_dtype(), **source}
+        options: dict[str, Any] = {"dtype": self.torch_dtype(), **source}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         if self.quantization is not None:
-            options["quantization_config"] = quantization_config(self.quantization, self._torch_dtype())
-        if self.gguf_file is not None:
-            return unpacked(_auto_class(config), name, options)
+            options["quantization_config"] = quantization_config(self.quantization, self.torch_dtype())
+        if self.gguf_file is not None:  # unpacked, it trains and is saved as any other
+            options["quantization_config"] = GgufConfig(dequantize=True)
         model = _auto_class(config).from_pretrained(name, config=config, **options)
         steady(model)
         return model
@@ -214,10 +213,15 @@ class ModelSpec:
         if not self.is_named:
             raise ValueError("`tokenizer=None` must be given where the model is a config or an object: pass one.")
         name = os.fspath(self.model)
-        _check_folder(name)
+        check_folder(name)
         return AutoTokenizer.from_pretrained(name, **self._source())
 
-    def _torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:
+        """``dtype`` as torch has it.
+
+        Raises:
+            ValueError: If it is no floating-point type.
+        """
         dtype = getattr(torch, self.dtype.removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"`dtype={self.dtype!r}` must be a floating-point type such as 'float32' or 'bfloat16'.")
@@ -228,8 +232,16 @@ ModelLike: TypeAlias = ModelSpec | ModelSource
 """A name, folder, config, model or :class:`ModelSpec`; from YAML also a spec's fields."""
 
 
-def _check_folder(name: str, argument: str = "model") -> None:
-    """What looks like a path must be one: the hub's own message would speak of a repository id."""
+def check_folder(name: str, argument: str = "model") -> None:
+    """What looks like a path must be one: the hub's own message would speak of a repository id.
+
+    Args:
+        name: A folder or hub name.
+        argument: What the user calls it.
+
+    Raises:
+        ValueError: If there is no such folder.
+    """
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep in name.replace("/", "", 1)
     if looks_local and not Path(name).is_dir():
         raise ValueError(f"`{argument}={name!r}` looks like a folder, and there is none: check the path.")

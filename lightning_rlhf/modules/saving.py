@@ -18,6 +18,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from lightning_rlhf.data.settled import settle
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.dropout import DropoutValues, original_dropout
+from lightning_rlhf.models.encoder_decoder import decoder_of
 from lightning_rlhf.models.loading import ModelSpec
 from lightning_rlhf.models.quantization import is_quantized
 from lightning_rlhf.models.reference import fingerprint
@@ -51,14 +52,14 @@ class SavedModule(EvaluatedModule):
         adapters = self.policy.decoder.adapters
         if adapters is not None:
             checkpoint[STATE]["adapter"] = adapters.state_dict()
-        if self._left_out:
+        left_out = self._left_out
+        if left_out:
             self._frozen = self._frozen or self._fingerprint()
             checkpoint[STATE]["frozen"] = self._frozen
-            if not isinstance(
-                self.trainer.strategy, ModelParallelStrategy
-            ):  # whose folders are read whole or not at all
-                weights = checkpoint["state_dict"]
-                checkpoint["state_dict"] = {name: weights[name] for name in weights.keys() - self._left_out}
+            # Folders of shards are read whole or not at all.
+            if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+                weights = checkpoint["state_dict"].items()
+                checkpoint["state_dict"] = {name: weight for name, weight in weights if name not in left_out}
         settle(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -162,7 +163,8 @@ def merged(decoder: Decoder, weights: Mapping[str, Tensor] | None = None) -> Pre
         decoder.eval()
         logits = decoder(tokens, mask, keep=tokens.shape[1]).logits.float().cpu()
         decoder.train(was_training)
-        distance = (second(input_ids=tokens.cpu()).logits.float() - logits).abs().max()
+        own = decoder_of(second)(tokens.cpu(), mask.cpu(), keep=tokens.shape[1]).logits.float()
+        distance = (own - logits).abs().max()
         rank_zero_info(
             f"The merged model's logits differ from those of the quantised one by {float(distance):.2g} at most; their "
             f"standard deviation is {float(logits.std()):.2g}."

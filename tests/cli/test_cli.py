@@ -48,7 +48,7 @@ RUN = {
             "metric_fn": "my_reward.count",
             "sampling": {"max_new_tokens": 4},
             "evaluation_sampling": {"temperature": 0},
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}},
+            "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.001}},
             "lr_scheduler": "linear",
             "minibatch_size": 3,
             "clip_range": 0.3,

@@ -233,6 +233,12 @@ def test_a_named_reference_that_cannot_share_is_a_model_of_its_own(tmp_path):
     assert on_the_same_model(policy_of(config, pissa), ModelSpec("here", adapter=pissa), ModelSpec("here")) is None
 
 
+def test_a_named_reference_whose_adapter_is_missing_is_refused_by_name():
+    missing = ModelSpec("here", adapter="./no/such/adapter")
+    with pytest.raises(ValueError, match="`reference.adapter='./no/such/adapter'` looks like a folder, and there is"):
+        on_the_same_model(policy_of(tiny_gpt2(), LORA), ModelSpec("here", adapter=LORA), missing)
+
+
 @pytest.mark.invariant(12)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
 def test_blocks_below_all_adapters_are_run_once(name):
@@ -274,7 +280,8 @@ def test_an_adapter_is_put_into_a_model_that_cannot_be_padded():
 # --- AdaLoRA --------------------------------------------------------------------------------------------------------
 
 
-def test_ranks_are_taken_away_as_adalora_plans():
+@between_peft_and_transformers
+def test_ranks_are_taken_away_as_adalora_plans(tmp_path):
     config = AdaLoraConfig(init_r=4, target_r=2, total_step=8, tinit=1, tfinal=3, deltaT=1)
     policy = policy_of(tiny_gpt2(), config)
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
@@ -290,12 +297,49 @@ def test_ranks_are_taken_away_as_adalora_plans():
     assert ranks[-1] == 2 * 2  # to two on average
     assert ranks == sorted(ranks, reverse=True)
     assert policy.decoder.adapters.updates == 8
+    assert policy.decoder.adapters.config.rank_pattern
+    policy.decoder.adapters.save(str(tmp_path))  # with the ranks that are 0
+    assert policy.decoder.adapters.config.rank_pattern
+    own = logits(policy.decoder.model)
+    assert float((own - logits(alone(tiny_gpt2()).decoder.model)).abs().max()) > 1e-3
+    assert_close(logits(PeftModel.from_pretrained(network(tiny_gpt2()), str(tmp_path))), own, rtol=0, atol=1e-6)
+    assert_close(logits(policy_of(tiny_gpt2(), str(tmp_path)).decoder.model), own, rtol=0, atol=1e-6)
+    assert_close(logits(policy.decoder.adapters.merged()), own, rtol=0, atol=1e-5)
     optimizer.zero_grad()
     policy(rollouts()).values.mean().backward()
     for parameter in policy.decoder.parameters():
         parameter.grad = None  # as while a critic warms up
     optimizer.step()
     assert policy.decoder.adapters.updates == 8
+
+
+@pytest.mark.invariant(36)
+def test_what_adalora_has_measured_goes_on_from_its_state():
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=40, tinit=1, tfinal=3, deltaT=1)
+
+    def update(policy):
+        optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1)
+        policy.decoder.adapters.follow(optimizer)
+        optimizer.zero_grad()
+        output = policy(rollouts())
+        (output.values - output.logprobs).mean().backward()
+        optimizer.step()
+
+    policy, other = policy_of(tiny_gpt2(), config), policy_of(tiny_gpt2(), config)
+    for _ in range(3):
+        update(policy)
+    other.load_state_dict(policy.state_dict())
+    other.decoder.adapters.load_state_dict(copy.deepcopy(policy.decoder.adapters.state_dict()))
+    update(policy)
+    update(other)
+    mine, its = policy.decoder.adapters.state_dict(), other.decoder.adapters.state_dict()
+    assert (its["updates"], its["rank_pattern"]) == (mine["updates"], mine["rank_pattern"])
+    assert mine["updates"] == 4
+    for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+        assert its["moments"][name].keys() == mine["moments"][name].keys()
+        assert all(torch.equal(its["moments"][name][key], value) for key, value in mine["moments"][name].items())
+        assert any(value.any() for value in mine["moments"][name].values())
+    assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), other.parameters(), strict=True))
 
 
 # --- what an adapter may be given as --------------------------------------------------------------------------------

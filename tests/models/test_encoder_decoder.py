@@ -259,6 +259,15 @@ def test_a_model_that_knows_no_token_to_begin_with_is_refused() -> None:
         decoder_of(model)
 
 
+def test_a_token_to_begin_with_for_every_row_is_refused() -> None:
+    """transformers reads a list as one token a row of a batch, which has other rows each time."""
+    model = model_of("bart")
+    model.generation_config.decoder_start_token_id = [EOS, FORCED]
+    message = f"`decoder_start_token_id=[{EOS}, {FORCED}]` of `policy=BartForConditionalGeneration` must be one token"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        decoder_of(model)
+
+
 @pytest.mark.parametrize(("name", "prompt", "response"), [("t5", None, None), ("bart_forced", POSITIONS, 62)])
 def test_prompts_have_the_encoders_room_and_responses_the_decoders(
     name: str, prompt: int | None, response: int | None

@@ -65,6 +65,8 @@ def test_a_gguf_file_is_read_trained_and_written_as_a_plain_model(tmp_path):
     spec = ModelSpec(tmp_path, gguf_file="tiny.gguf")
     read = spec.load()
     assert not is_quantized(read)
+    assert not getattr(read, "is_quantized", False)  # or a trainer of transformers' would refuse it
+    assert getattr(read, "hf_quantizer", None) is None
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
         torch.testing.assert_close(read(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-5)

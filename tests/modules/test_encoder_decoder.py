@@ -1,13 +1,17 @@
 """The modules on encoder-decoders, of whose halves they know nothing."""
 
 import functools
+import logging
+import re
 
 import pytest
 import torch
+from peft import AutoPeftModelForSeq2SeqLM
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSeq2SeqLM
 
 from lightning_rlhf import ConversationDataModule, GRPOModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
+from lightning_rlhf.models.adapter_reference import AdapterReference
 from tests.networks import ENCODER_DECODERS, EOS, POSITIONS, network, word_tokenizer
 from tests.training import PROMPTS, bare_trainer, fit, module_of, sgd, weights
 
@@ -190,6 +194,65 @@ def test_an_export_is_a_folder_that_transformers_reads_alone(name, tmp_path):
     again.configure_model()
     assert again.policy.decoder.prefix == module.policy.decoder.prefix
     assert again.generate(["a b"], {"temperature": 0}) == module.generate(["a b"], {"temperature": 0})
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # between PEFT and transformers
+@pytest.mark.invariant(9, 10, 13, 18)
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_adapter_learns_in_both_halves_and_peft_reads_it(name, tmp_path):
+    network_of(name).save_pretrained(tmp_path / "model")
+    spec = ModelSpec(tmp_path / "model", adapter={"peft_type": "LORA", "r": 2, "target_modules": "all-linear"})
+    module = module_of(PPOModule, spec, tokenizer=TOKENIZERS[name](), kl_coef=0.1)
+    module.configure_model()
+    assert isinstance(module.reference, AdapterReference)
+    before = {key: parameter.detach().clone() for key, parameter in module.policy.named_parameters()}
+    seen = fit(module, iterations=2, prompts=PROMPTS[:4])
+    assert seen.metrics[0]["kl/sequence"] == pytest.approx(0.0, abs=1e-5)
+    assert seen.metrics[0]["policy/sampler_gap"] < 1e-5
+    assert abs(seen.metrics[1]["kl/sequence"]) > 1e-4
+    changed = {key for key, parameter in module.policy.named_parameters() if not torch.equal(parameter, before[key])}
+    assert all(".lora_" in key or key.startswith("value_head.") for key in changed)
+    assert {half for half in ("encoder.", "decoder.block", "decoder.layers") for key in changed if half in key} == {
+        "encoder.",
+        "decoder.block" if name == "t5" else "decoder.layers",
+    }
+
+    module.save_pretrained(tmp_path / "adapter")
+    module.save_pretrained(tmp_path / "merged", merge_adapter=True)
+    by_peft = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
+    merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
+    tokens = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        own, *others = (
+            each(input_ids=tokens, decoder_input_ids=tokens.flip(1)).logits
+            for each in (module.policy.decoder.model.eval(), by_peft, merged)
+        )
+    for other in others:
+        torch.testing.assert_close(other, own, rtol=0, atol=1e-5)
+
+
+@pytest.mark.invariant(9, 10, 13)
+@pytest.mark.parametrize(("name", "more"), [("t5", {"d_kv": 16, "d_ff": 64}), ("bart", {})])
+def test_an_adapter_on_quantised_halves_is_merged_into_what_they_are(name, more, tmp_path, caplog):
+    network_of(name, d_model=64, **more).save_pretrained(tmp_path / "model")  # weights are rounded in groups of 64
+    lora = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
+    spec = ModelSpec(tmp_path / "model", adapter=lora, quantization="nf4")
+    module = module_of(PPOModule, spec, tokenizer=TOKENIZERS[name](), kl_coef=0.1)
+    seen = fit(module, iterations=1, prompts=PROMPTS[:4])
+    assert seen.metrics[0]["kl/sequence"] == pytest.approx(0.0, abs=2e-5)
+    assert seen.metrics[0]["policy/sampler_gap"] < 1e-5
+    with caplog.at_level(logging.INFO):
+        module.save_pretrained(tmp_path / "merged", merge_adapter=True)
+    (said,) = re.findall(r"differ from those of the quantised one by (\S+) at most", caplog.text)
+    assert float(said) < 1e-4
+    tokens = torch.arange(12).reshape(2, 6)
+    merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        logits = [
+            each(input_ids=tokens, decoder_input_ids=tokens.flip(1)).logits
+            for each in (merged, module.policy.decoder.model.eval())
+        ]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 
 
 def test_what_is_written_can_be_measured_and_predicted():
