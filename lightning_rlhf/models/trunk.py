@@ -29,7 +29,7 @@ class Trunk:
         self.frozen = frozen
         self.branch = branch
         self.forms: dict[str, tuple[type, int]] = {}  # what each frozen block returns, and how long it is
-        self.more: list[Tensor] = []  # what the first one returned beside its states
+        self.more: list[int] = []  # rows of what the first one returned beside its states
         self.needs_more = False  # whether later blocks need it
 
     @contextmanager
@@ -64,7 +64,7 @@ class Trunk:
         def learn(name: str, output: Any) -> None:
             self.forms[name] = (type(output), 1 if isinstance(output, Tensor) else len(output))
             if name == self.frozen[0] and not isinstance(output, Tensor):
-                self.more = [values for values in output[1:] if isinstance(values, Tensor)]
+                self.more = [len(values) for values in output[1:] if isinstance(values, Tensor)]
 
         handles = [
             model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: learn(name, output))
@@ -92,7 +92,7 @@ class Trunk:
             standins[name].kept = states.contiguous()
             if self.needs_more:
                 standins[name].block = (model.get_submodule(name),)
-                standins[name].rows = 1 if all(len(values) == 1 for values in self.more) else len(states)
+                standins[name].rows = 1 if all(rows == 1 for rows in self.more) else len(states)
         return swapped(model, standins)
 
 
