@@ -57,12 +57,13 @@ bench: $(INSTALLED) ## measure speed and memory, beside TRL where bench-envs put
 
 # The names of what each line writes are those of the regions in docs/performance.md.
 bench-report: $(INSTALLED) ## measure all that docs/performance.md shows, on an idle machine, and fill it in
-	$(BIN)/python -m benchmarks.speed generate sft sft_packed grpo ppo --size base
-	$(BIN)/python -m benchmarks.speed generate grpo ppo --size base --lengths ragged
-	$(BIN)/python -m benchmarks.speed ppo --size base --unfrozen 2 --systems ours
-	$(BIN)/python -m benchmarks.speed ppo --size base --unfrozen 2 --lengths ragged --systems ours
-	$(BIN)/python -m benchmarks.speed sft --size base --kernel onednn mkl
+	$(BIN)/python -m benchmarks.speed generate sft sft_packed grpo --size base
+	$(BIN)/python -m benchmarks.speed ppo --size base --unfrozen -1 2
+	$(BIN)/python -m benchmarks.speed generate grpo --size base --lengths ragged
+	$(BIN)/python -m benchmarks.speed ppo --size base --lengths ragged --unfrozen -1 2
+	$(BIN)/python -m benchmarks.speed sft --size base --systems ours --kernel onednn mkl
 	$(BIN)/python -m benchmarks.unfrozen --size small --iterations 3
+	$(BIN)/python -m benchmarks.unfrozen --size base --tops 2 4 --iterations 1
 	$(BIN)/python -m benchmarks.batch_size --size base --row grpo --batches 8 32 128 --micro-batch-size 4 --iterations 1
 	$(BIN)/python -m benchmarks.profile ppo --size base
 	$(BIN)/python -m benchmarks.profile sft --size base

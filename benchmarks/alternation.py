@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -18,18 +18,31 @@ from benchmarks.workload import Case
 ROOT = Path(__file__).parents[1]
 
 
+@dataclass(frozen=True)
+class Entrant:
+    """A system that takes its turn.
+
+    Attributes:
+        system: A key of :data:`benchmarks.worker.SYSTEMS`.
+        python: The interpreter of its environment.
+        case: What it does.
+    """
+
+    system: str
+    python: Path
+    case: Case
+
+
 class Worker:
     """A system in a process and an interpreter of its own.
 
     Args:
-        system: A key of :data:`benchmarks.worker.SYSTEMS`.
-        python: The interpreter of its environment.
-        case: What it is to do.
+        entrant: Which, and what it is to do.
         log: To which all that it prints is written.
     """
 
-    def __init__(self, system: str, python: Path, case: Case, log: Path) -> None:
-        self.system = system
+    def __init__(self, entrant: Entrant, log: Path) -> None:
+        self.system, case = entrant.system, entrant.case
         self.log = log
         environment = {
             **os.environ,
@@ -40,7 +53,7 @@ class Worker:
         }
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                [python, "-m", "benchmarks.worker", system, json.dumps(asdict(case))],
+                [entrant.python, "-m", "benchmarks.worker", self.system, json.dumps(asdict(case))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -197,17 +210,14 @@ class Result:
         }
 
 
-def measure(
-    case: Case, pythons: Mapping[str, Path], count: int, attempts: int, others_allowed: float, logs: Path
-) -> list[Result]:
-    """Lets systems do the same work in turns.
+def measure(entrants: Sequence[Entrant], count: int, attempts: int, others_allowed: float, logs: Path) -> list[Result]:
+    """Lets systems work in turns.
 
     Every system makes one iteration of warm-up, which ends its building and does not count. Then each round is one
     iteration of every system that still needs some.
 
     Args:
-        case: What is done.
-        pythons: The systems, and the interpreter of each.
+        entrants: The systems, and what each does.
         count: Iterations that are to count.
         attempts: Iterations at most: if the machine is never quiet, the least disturbed ones count.
         others_allowed: Cores that other processes may use during an iteration that counts.
@@ -219,8 +229,8 @@ def measure(
     workers: list[Worker] = []
     made: list[list[dict[str, Any]]] = []
     try:
-        for system, python in pythons.items():
-            workers.append(Worker(system, python, case, logs / f"{case.row}-{system}.log"))
+        for number, entrant in enumerate(entrants):
+            workers.append(Worker(entrant, logs / f"{entrant.case.row}-{number}-{entrant.system}.log"))
             workers[-1].reply()
             made.append([])
         for _ in range(attempts):
@@ -231,8 +241,8 @@ def measure(
         for worker in workers:
             worker.stop()
     return [
-        chosen(Result(system, case), iterations, count, others_allowed)
-        for system, iterations in zip(pythons, made, strict=True)
+        chosen(Result(entrant.system, entrant.case), iterations, count, others_allowed)
+        for entrant, iterations in zip(entrants, made, strict=True)
     ]
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import lightning as L
 
 from benchmarks import ours, workload
-from benchmarks.alternation import Result, measure
+from benchmarks.alternation import Entrant, Result, measure
 from benchmarks.machine import forget_peak, memory_now, peak_memory
 from benchmarks.options import add_iterations, options_of, parser_of
 from benchmarks.tables import iterations, publish, spread
@@ -211,8 +211,8 @@ def main(args: list[str] | None = None) -> None:
                 micro_batch_size=options.micro_batch_size or 0,
                 micro_batch_tokens=options.micro_batch_tokens or 0,
             )
-            pythons = {"ours_memory": Path(sys.executable)}
-            (found,) = measure(case, pythons, options.iterations, options.attempts, options.others, options.output)
+            entrants = [Entrant("ours_memory", Path(sys.executable), case)]
+            (found,) = measure(entrants, options.iterations, options.attempts, options.others, options.output)
             costs.append(Growth(found))
             print(*costs[-1].line(costs[0]), sep=" | ", flush=True)
     tokens = options.micro_batch_tokens

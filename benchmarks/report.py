@@ -18,7 +18,6 @@ import argparse
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,12 @@ def summary(folder: Path) -> str | None:
         by_row: dict[str, list[dict[str, Any]]] = {}
         for result in measured["results"]:
             by_row.setdefault(result["case"]["row"], []).append(result)
-        here = [_line(row) for name, row in by_row.items() if [r["system"] for r in row] == ["ours", PEERS[name]]]
+        here = [
+            _line(mine, theirs)
+            for name, (*row, theirs) in by_row.items()
+            if theirs["system"] == PEERS[name] and {r["system"] for r in row} == {"ours"}
+            for mine in row
+        ]
         if here:
             lines += here
             commands.append(f"`{measured['command']}`")
@@ -113,8 +117,7 @@ def _place(measured: dict[str, Any]) -> tuple[int, bool, int]:
     return list(SIZES).index(case["size"]), case["lengths"] != "full", case["num_layers_unfrozen"]
 
 
-def _line(results: Sequence[dict[str, Any]]) -> list[str]:
-    ours, theirs = results[0], results[-1]
+def _line(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     case = ours["case"]
     trains = "" if case["num_layers_unfrozen"] == -1 else f", top {case['num_layers_unfrozen']} blocks"
     seconds = [f"{result['seconds']['median']:.1f}" for result in (ours, theirs)]

@@ -3,7 +3,7 @@
 Each row is one or several of ``ppo grpo grpo_mu sft sft_packed generate``, such as::
 
     python -m benchmarks.speed ppo --size base --lengths ragged
-    python -m benchmarks.speed ppo --size base --unfrozen 2
+    python -m benchmarks.speed ppo --size base --unfrozen -1 2
     python -m benchmarks.speed sft --size base --kernel onednn mkl
 
 TRL is measured where ``python -m benchmarks.environments`` has put it. An iteration during which other processes used
@@ -18,15 +18,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import environments, workload
-from benchmarks.alternation import Result, measure
+from benchmarks.alternation import Entrant, Result, measure
 from benchmarks.machine import MatrixRate, best, better, matrix_rates
 from benchmarks.options import add_iterations, options_of, parser_of
 from benchmarks.tables import HEADINGS, facts_of, lines_of, publish, times_as_fast
@@ -67,6 +68,24 @@ def pythons_of(row: str, systems: Sequence[str], kernels: Sequence[str] = ("oned
     return {name: python for name, python in found.items() if python is not None}
 
 
+def entrants_of(case: Case, pythons: Mapping[str, Path], unfrozen: Sequence[int]) -> list[Entrant]:
+    """Who takes turns.
+
+    Args:
+        case: What is done.
+        pythons: Systems, and the interpreter of each.
+        unfrozen: How many of the top blocks this library trains, one after the other; -1 for all.
+
+    Returns:
+        This library once for each of them, then the others.
+    """
+    return [
+        Entrant(system, python, replace(case, num_layers_unfrozen=top))
+        for system, python in pythons.items()
+        for top in (unfrozen if system in KERNELS.values() else [-1])
+    ]
+
+
 def parsed(args: list[str] | None) -> argparse.Namespace:
     """The command line.
 
@@ -79,14 +98,18 @@ def parsed(args: list[str] | None) -> argparse.Namespace:
     parser = parser_of("speed", __doc__)
     add_iterations(parser, 5)
     parser.add_argument("rows", nargs="+", choices=list(PEERS), metavar="row", help=" ".join(PEERS))
-    parser.add_argument("--unfrozen", type=int, default=-1, metavar="N", help="ours trains the top N blocks only")
+    parser.add_argument(
+        "--unfrozen", nargs="+", type=int, default=[-1], metavar="N", help="ours trains the top N blocks only; -1: all"
+    )
     parser.add_argument("--systems", nargs="+", default=[], choices=["ours", "trl", "transformers"], help="only these")
     parser.add_argument("--kernel", nargs="+", default=["onednn"], choices=list(KERNELS), help="of our products")
     options = options_of(parser, args)
-    if options.unfrozen != -1 and set(options.rows) & {"sft", "sft_packed", "generate"}:
-        parser.error(f"--unfrozen {options.unfrozen} goes with ppo, grpo and grpo_mu")
+    if options.unfrozen != [-1] and set(options.rows) & {"sft", "sft_packed", "generate"}:
+        parser.error(f"--unfrozen {shlex.join(map(str, options.unfrozen))} goes with ppo, grpo and grpo_mu")
     options.name = "-".join([*options.rows, options.size, options.lengths])
-    options.name += "" if options.unfrozen == -1 else f"-top{options.unfrozen}"
+    options.name += "".join(
+        "-all" if top == -1 else f"-top{top}" for top in options.unfrozen if options.unfrozen != [-1]
+    )
     options.name += "" if options.kernel == ["onednn"] else f"-{'-'.join(options.kernel)}"
     return options
 
@@ -109,10 +132,9 @@ def main(args: list[str] | None = None) -> None:
                 print(f"{row}: no {PEERS[row]} here; `python -m benchmarks.environments` installs it")
             if not pythons:
                 continue
-            case = Case(
-                row, options.size, options.lengths, folder, options.threads, options.attempts + 2, options.unfrozen
-            )
-            done.append(measure(case, pythons, options.iterations, options.attempts, options.others, options.output))
+            case = Case(row, options.size, options.lengths, folder, options.threads, options.attempts + 2)
+            entrants = entrants_of(case, pythons, options.unfrozen)
+            done.append(measure(entrants, options.iterations, options.attempts, options.others, options.output))
             rates = better(rates, matrix_rates(options.threads))
     if done:
         report(done, rates, options)

@@ -12,6 +12,7 @@ from rich.table import Table
 from benchmarks.alternation import Result
 from benchmarks.machine import MatrixRate
 from benchmarks.useful import PHASES
+from benchmarks.workload import Case
 
 HEADINGS = (
     "row",
@@ -54,11 +55,9 @@ def cells(result: Result, rate: float, baseline: Result) -> list[str]:
         A text for each of :data:`HEADINGS`.
     """
     case = result.case
-    freezes = case.num_layers_unfrozen != -1 and result.system.startswith("ours")
-    trains = f", top {case.num_layers_unfrozen}" if freezes else ""
     phases = [f"{median(result.seconds(phase)):.2f}" if result.seconds(phase) else "" for phase in PHASES]
     return [
-        f"{case.row} {case.size} {case.lengths}{trains}",
+        f"{case.row} {case.size} {case.lengths}{trains(case)}",
         result.system,
         spread(result.seconds()),
         *phases,
@@ -69,6 +68,18 @@ def cells(result: Result, rate: float, baseline: Result) -> list[str]:
         f"{result.peak:.2f}",
         iterations(result),
     ]
+
+
+def trains(case: Case) -> str:
+    """What is added to a row's name where only some blocks train.
+
+    Args:
+        case: What a system does.
+
+    Returns:
+        Such as ``", top 2"``; empty where all train.
+    """
+    return "" if case.num_layers_unfrozen == -1 else f", top {case.num_layers_unfrozen}"
 
 
 def spread(seconds: Sequence[float]) -> str:
@@ -203,8 +214,8 @@ def without_reward_networks(results: Sequence[Result]) -> list[str]:
         A sentence for every pair of this library and a system that has such a network.
     """
     return [
-        f"{mine.case.row}: {mine.system} is {without / median(mine.seconds()):.2f} times as fast as {peer.system} "
-        "without the time of its reward network."
+        f"{mine.case.row}{trains(mine.case)}: {mine.system} is {without / median(mine.seconds()):.2f} times as fast as "
+        f"{peer.system} without the time of its reward network."
         for peer in results
         for mine in results
         if (without := peer.without_reward_network()) is not None and mine.system.startswith("ours")

@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from benchmarks import ours, useful, workload
-from benchmarks.alternation import measure
+from benchmarks.alternation import Entrant, measure
 from benchmarks.counting import MatrixWork
 from benchmarks.options import add_iterations, options_of, parser_of
 from benchmarks.tables import disturbance, publish, spread
@@ -204,8 +204,8 @@ def main(args: list[str] | None = None) -> None:
             case = Case(options.row, options.size, options.lengths, folder, options.threads, options.attempts + 2, top)
             seconds, disturbed = list[float](), 0
             if options.iterations:
-                pythons = {"ours": Path(sys.executable)}
-                (timed,) = measure(case, pythons, options.iterations, options.attempts, options.others, options.output)
+                entrants = [Entrant("ours", Path(sys.executable), case)]
+                (timed,) = measure(entrants, options.iterations, options.attempts, options.others, options.output)
                 seconds, disturbed = timed.seconds("optimise"), timed.disturbed
             costs.append(Cost(top, *count(case), seconds, disturbed))
             print(f"top {top}: {costs[-1].counted:.1f} GFLOP", flush=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import environments, ours, speed, tables, workload
-from benchmarks.alternation import ROOT, Result, chosen, measure
+from benchmarks.alternation import ROOT, Entrant, Result, chosen, measure
 from benchmarks.machine import Clock, MatrixRate, best, better, forget_peak, matrix_rates, memory_now, peak_memory
 from benchmarks.useful import work
 from benchmarks.worker import Gate, run_of
@@ -206,6 +206,23 @@ def test_only_environments_made_to_their_end_are_used(tmp_path, monkeypatch):
     assert list(speed.pythons_of("ppo", ["ours"], ["onednn", "mkl"])) == ["ours", "ours_mkl"]
 
 
+def test_this_library_takes_a_turn_for_each_number_of_blocks_that_train():
+    case = Case("ppo", "small", "full", "", 1, 1)
+    pythons = {"ours": Path("a"), "ours_mkl": Path("a"), "trl": Path("b")}
+    entrants = speed.entrants_of(case, pythons, [-1, 2])
+    assert [(e.system, e.case.num_layers_unfrozen) for e in entrants] == [
+        ("ours", -1),
+        ("ours", 2),
+        ("ours_mkl", -1),
+        ("ours_mkl", 2),
+        ("trl", -1),
+    ]
+    assert all(entrant.python == pythons[entrant.system] for entrant in entrants)
+    assert speed.parsed(["ppo", "--unfrozen", "-1", "2"]).name == "ppo-small-full-all-top2"
+    assert speed.parsed(["ppo", "--unfrozen", "2"]).name == "ppo-small-full-top2"
+    assert speed.parsed(["ppo"]).name == "ppo-small-full"
+
+
 @pytest.mark.parametrize("arguments", [["sft", "--unfrozen", "2"], ["ppo", "--iterations", "5", "--attempts", "4"]])
 def test_what_cannot_be_measured_is_refused(arguments, capsys):
     with pytest.raises(SystemExit):
@@ -244,7 +261,9 @@ def test_two_systems_take_turns_on_the_same_prompts(tmp_path):
     save(tmp_path, SIZES["small"], "full")
     case = Case("generate", "small", "full", str(tmp_path), 1, iterations=3)
     python = Path(sys.executable)
-    results = measure(case, {"ours": python, "transformers": python}, 1, 1, float("inf"), tmp_path)
+    results = measure(
+        [Entrant(system, python, case) for system in ("ours", "transformers")], 1, 1, float("inf"), tmp_path
+    )
     assert [result.system for result in results] == ["ours", "transformers"]
     ours, transformers = (result.iterations[0]["rows"] for result in results)
     assert ours == transformers
@@ -256,4 +275,4 @@ def test_two_systems_take_turns_on_the_same_prompts(tmp_path):
 def test_a_system_that_fails_says_why(tmp_path):
     case = Case("generate", "small", "full", str(tmp_path / "nothing"), 1, iterations=3)
     with pytest.raises(RuntimeError, match="`transformers` stopped"):
-        measure(case, {"transformers": Path(sys.executable)}, 1, 1, float("inf"), tmp_path)
+        measure([Entrant("transformers", Path(sys.executable), case)], 1, 1, float("inf"), tmp_path)

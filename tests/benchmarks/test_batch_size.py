@@ -69,8 +69,9 @@ def test_pieces_are_of_eight_responses_or_of_so_many_tokens():
 def test_every_batch_is_measured_by_itself_and_the_page_says_how(args, name, piece, tmp_path, monkeypatch, capsys):
     cases = []
 
-    def measured(case, pythons, count, attempts, *_):
-        assert (list(pythons), count, attempts, case.iterations) == (["ours_memory"], 2, 6, 8)
+    def measured(entrants, count, attempts, *_):
+        ((system, case),) = [(entrant.system, entrant.case) for entrant in entrants]
+        assert (system, count, attempts, case.iterations) == ("ours_memory", 2, 6, 8)
         cases.append(case)
         return [growth(case.batch, [case.batch / 8.0] * 2, [1.0] * 2).result]
 

@@ -123,24 +123,29 @@ def test_the_summary_goes_by_size_then_from_full_to_ragged_responses_then_from_a
 
 
 def test_the_summary_reads_what_a_measurement_writes(outputs, monkeypatch, capsys):
-    def measure(case, pythons, count, attempts, *_):
-        assert (count, attempts, case.iterations, case.num_layers_unfrozen) == (1, 3, 5, 2)
-        seconds = {"ours": 2.0, "trl": 9.0}
+    def measure(entrants, count, attempts, *_):
+        assert (count, attempts) == (1, 3)
+        assert {entrant.case.iterations for entrant in entrants} == {5}
+        seconds = {("ours", -1): 4.5, ("ours", 2): 2.0, ("trl", -1): 9.0}
         made = {"others": 0.0, "rows": [[40, 24]], "peak": 1.5, "versions": {"torch": "2"}}
-        return [Result(system, case, [{**made, "seconds": seconds[system]}]) for system in pythons]
+        return [
+            Result(e.system, e.case, [{**made, "seconds": seconds[e.system, e.case.num_layers_unfrozen]}])
+            for e in entrants
+        ]
 
     monkeypatch.setattr(speed, "measure", measure)
     monkeypatch.setattr(speed, "matrix_rates", lambda threads: {"MKL": MatrixRate("MKL", 100.0, (1, 2, 3))})
     monkeypatch.setattr(speed, "pythons_of", lambda *_: {"ours": Path("python"), "trl": Path("python")})
     monkeypatch.setattr(speed.workload, "save", lambda *_: None)
-    options = ["ppo", "--unfrozen", "2", "--iterations", "1", "--output", str(outputs / "speed")]
+    options = ["ppo", "--unfrozen", "-1", "2", "--iterations", "1", "--output", str(outputs / "speed")]
     speed.main(options)
     capsys.readouterr()
-    line, _, made = report.summary(outputs / "speed").splitlines()[2:]
+    whole, line, _, made = report.summary(outputs / "speed").splitlines()[2:]
+    assert whole.startswith("| ppo, small, full | 4.5 | 9.0 | 2.0 | ")
     assert line.startswith("| ppo, small, full, top 2 blocks | 2.0 | 9.0 | 4.5 | ")
     assert line.endswith(" | 1.5, trl 1.5 |")
     assert f"`python -m benchmarks.speed {' '.join(options)}`" in made
-    page = (outputs / "speed" / "ppo-small-full-top2.md").read_text()
+    page = (outputs / "speed" / "ppo-small-full-all-top2.md").read_text()
     assert page.startswith("| row | system | seconds (min to max) |")
     assert "| ppo small full, top 2 | ours | 2.00 (2.00 to 2.00) |" in page
 
@@ -159,7 +164,7 @@ def test_every_table_of_the_page_is_made_by_a_command_that_it_names():
     page, makefile = ((report.ROOT / name).read_text() for name in ("docs/performance.md", "Makefile"))
     recipe = makefile.partition("bench-report: ")[2].partition("\n\n")[0]
     commands = re.findall(r"python -m benchmarks\.(\w+) (.+)", recipe)
-    assert len(commands) == 9
+    assert len(commands) == 10
     names = {report.SUMMARY}
     for program, args in commands:
         options = importlib.import_module(f"benchmarks.{program}").parsed(args.split())

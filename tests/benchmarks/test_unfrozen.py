@@ -50,8 +50,9 @@ def test_a_fifth_more_than_head_and_blocks_is_allowed():
 
 
 def test_updates_that_others_disturbed_are_timed_and_it_is_said(tmp_path, monkeypatch, capsys):
-    def measured(case, pythons, count, attempts, *_):
-        assert (list(pythons), count, attempts, case.iterations) == (["ours"], 2, 7, 9)
+    def measured(entrants, count, attempts, *_):
+        ((system, case),) = [(entrant.system, entrant.case) for entrant in entrants]
+        assert (system, count, attempts, case.iterations) == ("ours", 2, 7, 9)
         top = case.num_layers_unfrozen
         updates = [{"seconds": 99.0, "optimise": float(top + i)} for i in range(2)]
         return [Result("ours", case, updates, disturbed=int(top == 4))]
