@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -106,6 +106,20 @@ class Rollouts(PromptBatch):
             return value[:, -prompt:] if name.startswith("prompt") else value[:, :response]
 
         return type(self)(**{f.name: trim(f.name, getattr(self, f.name)) for f in fields(self)})
+
+    def with_next_token(self) -> Self:
+        """The same rows with a place for the token that would have come next where a response was cut off.
+
+        What only the sampler knows is left out, and so is a trunk, which has no state of the last token.
+        """
+        length = self.response_mask.sum(1, keepdim=True)
+        columns = torch.arange(self.response_mask.shape[1] + 1, device=length.device)[None]
+        mask = columns < length + self.truncated[:, None]
+        longer = {
+            name: torch.nn.functional.pad(getattr(self, name), (0, 1)) for name in ("response_tokens", "old_logprobs")
+        }
+        nothing = dict.fromkeys(("values", "final_values", "kept_mass", "importance", "trunk"))
+        return replace(self, response_mask=mask, sampled_mask=mask, **longer, **nothing)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -89,7 +89,8 @@ def on_the_same_model(policy: Policy, spec: ModelSpec, reference: ModelSpec) -> 
         return None if changes_model(adapters.config) else AdapterReference(policy, None)
     assert isinstance(reference.adapter, str | os.PathLike)
     check_folder(os.fspath(reference.adapter), "reference.adapter")
-    return AdapterReference(policy, REFERENCE) if adapters.load(reference.adapter) else None
+    can_be = adapters.add(reference.adapter, REFERENCE, trains=False)
+    return AdapterReference(policy, REFERENCE) if can_be else None
 
 
 @torch.no_grad()

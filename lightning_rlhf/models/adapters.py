@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_rlhf.models.adapter_configs import AdapterLike, adapter_config, beginning_at_nothing, changes_model
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
 
-TRAINED, REFERENCE = "default", "reference"
-"""What PEFT knows the adapter by that learns, and a frozen one beside it."""
+TRAINED, REFERENCE, VALUE = "default", "reference", "value_adapter"
+"""What PEFT knows the policy's adapter by, a frozen one beside it, and one that learns to say values."""
 
 _UPSTREAM = (
     "fan_in_fan_out is set to False but the target module is `Conv1D`",  # which PEFT then mends by itself
@@ -91,7 +91,8 @@ class Adapters:
     def using(self, name: str | None) -> Iterator[None]:
         """Switches to another adapter for a while, or to none.
 
-        PEFT lets an adapter train as soon as it is on, and no other: what trained before is put back afterwards.
+        PEFT lets an adapter train as soon as it is on, and no other. Here what trains is the same before, meanwhile and
+        afterwards, so that two adapters can learn from one loss.
 
         Args:
             name: Of the adapter; None for the model alone.
@@ -101,9 +102,10 @@ class Adapters:
                 self.peft.base_model.disable_adapter_layers()
             else:
                 self.peft.set_adapter(name)
-            try:
-                yield
-            finally:
+        try:
+            yield
+        finally:
+            with self._same_flags():
                 if name is None:
                     self.peft.base_model.enable_adapter_layers()
                 else:
@@ -127,22 +129,42 @@ class Adapters:
             self._load(self.peft, state, REFERENCE)
             self.peft.set_adapter(TRAINED)
 
-    def load(self, folder: str | os.PathLike[str]) -> bool:
-        """Puts another adapter, frozen, beside the one that trains.
+    def add(self, adapter: AdapterLike, name: str, trains: bool) -> bool:
+        """Puts another adapter beside the policy's.
 
         Args:
-            folder: Of the adapter, or its name.
+            adapter: Its config, fields, or folder or name.
+            name: What PEFT is to know it by.
+            trains: Whether it learns, or is frozen.
 
         Returns:
-            Whether that can be: PEFT puts two in the same layers only if they are of one type.
+            Whether that can be: PEFT puts two in the same layers only if they are of one type, and reduces the ranks of
+            one alone (AdaLoRA).
+
+        Raises:
+            ValueError: If it would train a weight of the model itself.
         """
-        other = adapter_config(folder)
-        if other.peft_type != self.config.peft_type or changes_model(other) or changes_model(self.config):
+        other = adapter_config(adapter, self.model.config.is_encoder_decoder)
+        is_alike = other.peft_type == self.config.peft_type and not (trains and self.allocates)
+        if not is_alike or changes_model(other) or changes_model(self.config):
             return False
-        with self._same_flags(), _reading(folder):
-            self.peft.load_adapter(os.fspath(folder), REFERENCE, is_trainable=False, torch_device="cpu")
+        if trains and (bias := getattr(other, "bias", "none")) != "none":
+            raise ValueError(
+                f"`critic.adapter.bias={bias!r}` trains biases of the model, which the policy has too: set 'none'."
+            )
+        with self._same_flags(), _reading(adapter):
+            if isinstance(adapter, str | os.PathLike):
+                self.peft.load_adapter(os.fspath(adapter), name, is_trainable=trains, torch_device="cpu")
+            else:
+                self.peft.add_adapter(name, other)
             self.peft.set_adapter(TRAINED)
+        for parameter in self.parameters(name) if trains else ():
+            parameter.requires_grad_(parameter.is_floating_point())
         return True
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """Those of the adapter that PEFT knows by a name."""
+        return [parameter for path, parameter in self.model.named_parameters() if name in path.split(".")]
 
     # --- ranks that are taken away ------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from lightning_rlhf.models.reading import (
     positions_of,
     unpadded,
 )
+from lightning_rlhf.models.states import choosing, last
 from lightning_rlhf.models.trunk import Trunk
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class Decoder(nn.Module):
             from lightning_rlhf.models.cache import give_room  # imports transformers, which is there by now
 
             give_room(kept)
-        return DecoderOutput(_last(output.logits, keep), _last(states[-1], keep), kept, seen[-1] if seen else None)
+        return DecoderOutput(last(output.logits, keep), last(states[-1], keep), kept, seen[-1] if seen else None)
 
     def _given(self, cache: Any) -> dict[str, Any]:
         """What goes with the tokens of a step."""
@@ -227,15 +228,6 @@ class Decoder(nn.Module):
             Log-probs, entropies and states, with gradients.
         """
         states: list[Tensor] = []
-
-        def choose(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            kept = _last(inputs[0], reading.keep)
-            if reading.chosen is None:
-                states.append(kept.clone(memory_format=torch.contiguous_format))
-                return inputs
-            states.append(kept.flatten(0, 1).index_select(0, reading.chosen)[None])
-            return states[-1], *inputs[1:]
-
         head = self.model.get_output_embeddings()
         is_plain = self.is_plain and reading.chosen is not None
 
@@ -243,16 +235,17 @@ class Decoder(nn.Module):
             both = head_logprobs(chosen, head.weight, head.bias, reading.targets, temperature)
             return torch.stack(both, dim=-1)
 
-        with hooked(head, choose), instead(head, say) if is_plain else nullcontext():
-            output = self._read(reading)
+        with hooked(head, choosing(reading, states)), instead(head, say) if is_plain else nullcontext():
+            output = self.run(reading)
         if is_plain:
             logprobs, entropy = output.logits.unbind(-1)
         else:
-            logits = output.logits if reading.chosen is not None else _last(output.logits, reading.keep)
+            logits = output.logits if reading.chosen is not None else last(output.logits, reading.keep)
             logprobs, entropy = response_logprobs(logits, reading.targets, temperature)
         return Said(logprobs, entropy, states[-1])
 
-    def _read(self, reading: Reading) -> Any:
+    def run(self, reading: Reading) -> Any:
+        """Lets the model read tokens, and returns what it returns."""
         return self._run(reading.tokens, reading.mask, reading.positions, reading.keep, reading.trunk)
 
     def _watched(self, trunk: Tensor | None) -> AbstractContextManager[list[Tensor]]:
@@ -293,8 +286,3 @@ class Decoder(nn.Module):
         embedding = self.model.get_input_embeddings().weight
         tokens = (torch.arange(6, device=embedding.device) % embedding.shape[0])[None]
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
-
-
-def _last(values: Tensor, keep: int) -> Tensor:
-    """The last positions; what has no others is no slice, whose gradient would be copied into zeros."""
-    return values if values.shape[1] == keep else values[:, -keep:]

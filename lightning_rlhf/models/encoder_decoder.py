@@ -132,9 +132,18 @@ class EncoderDecoder(Decoder):
             States and mask, padded right.
         """
         mask = aligned(prompt_mask, prompt_mask, "right")
-        return Encoded(self._encode(aligned(prompt_tokens, prompt_mask, "right"), mask), mask)
+        return Encoded(self.encode(aligned(prompt_tokens, prompt_mask, "right"), mask), mask)
 
-    def _encode(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The encoder's states of prompts.
+
+        Args:
+            tokens: (prompts, prompt), padded right.
+            mask: (prompts, prompt), True where a token is real.
+
+        Returns:
+            (prompts, prompt, width).
+        """
         return self.model.get_encoder()(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
 
     def forward(
@@ -193,12 +202,13 @@ class EncoderDecoder(Decoder):
         reading.source = source_of(batch, None if trunk is None else trunk[:, :prompt], self.shares)
         return reading
 
-    def _read(self, reading: Reading) -> Any:
+    def run(self, reading: Reading) -> Any:
+        """Lets both halves read, or the decoder alone where it is known what the encoder makes of the prompts."""
         source = reading.source
         if source is None:  # tried out
             encoded = self.encoded(reading.tokens[:, :TRIED], torch.ones_like(reading.tokens[:, :TRIED]).bool())
         else:
-            states = self._encode(source.tokens, source.mask) if source.states is None else source.states
+            states = self.encode(source.tokens, source.mask) if source.states is None else source.states
             encoded = Encoded(states, source.mask)
             if source.of_row is not None:
                 encoded.batch_select_indices(source.of_row)

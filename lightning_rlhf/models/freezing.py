@@ -24,7 +24,7 @@ def freeze(decoder: Decoder, num_layers_unfrozen: int) -> None:
         ValueError: If there are fewer blocks, or they were not found.
     """
     if num_layers_unfrozen == -1:
-        _keep_frozen_blocks(decoder)
+        keep_frozen_blocks(decoder)
         return
     name = type(decoder.model).__name__
     if decoder.blocks is None:
@@ -42,27 +42,50 @@ def freeze(decoder: Decoder, num_layers_unfrozen: int) -> None:
     for top in decoder.blocks.top(num_layers_unfrozen) if num_layers_unfrozen else ():
         for parameter in decoder.model.get_submodule(top).parameters():
             parameter.requires_grad_(parameter is not embedding and parameter.is_floating_point())
-    _keep_frozen_blocks(decoder)
+    keep_frozen_blocks(decoder)
 
 
-def _keep_frozen_blocks(decoder: Decoder) -> None:
-    """Keeps the work of what lies below the lowest block that trains: frozen blocks, and a frozen encoder."""
+def keep_frozen_blocks(decoder: Decoder, branches: int = 0) -> None:
+    """Keeps the work of what lies below the lowest block that trains: frozen blocks, and a frozen encoder.
+
+    Args:
+        decoder: Changed in place.
+        branches: Of so many top blocks there are copies that train.
+    """
+    decoder.trunk = None
     if decoder.has_encoder and any(parameter.requires_grad for parameter in decoder.model.get_encoder().parameters()):
         return
     blocks = () if decoder.blocks is None else decoder.blocks.blocks
     for branch, block in enumerate(blocks):
-        if any(parameter.requires_grad for parameter in decoder.model.get_submodule(block).parameters()):
+        is_below_copies = branch < len(blocks) - branches
+        trains = any(parameter.requires_grad for parameter in decoder.model.get_submodule(block).parameters())
+        if trains or not is_below_copies:
             if branch > 0 or decoder.has_encoder:
                 _keep_trunk(decoder, Trunk(blocks[:branch], block))
             return
 
 
 def _keep_trunk(decoder: Decoder, trunk: Trunk) -> None:
-    """Tries on padded rows whether a pass may begin with kept states of some of them."""
+    if can_begin_at(decoder, trunk):
+        decoder.trunk = trunk
+        return
+    rank_zero_warn(f"{type(decoder.model).__name__} cannot begin in its middle: its frozen blocks run in every pass.")
+
+
+def can_begin_at(decoder: Decoder, trunk: Trunk) -> bool:
+    """Tries on padded rows whether a pass may begin with kept states of some of them.
+
+    Args:
+        decoder: Left as it is.
+        trunk: The blocks that would not run; it learns in what form they return their states.
+
+    Returns:
+        Whether it may. Where the blocks are frozen, nothing that trains may lie below either.
+    """
     tokens, mask = decoder.sample()
     tokens, mask = torch.cat([tokens, tokens.flip(1)]), torch.cat([mask, mask])
     mask[0, 0] = not decoder.pads
-    was_training = decoder.training
+    was_training, own = decoder.training, decoder.trunk
     decoder.eval()
     try:
         with trunk.learning_forms(decoder.model), torch.no_grad():
@@ -76,11 +99,8 @@ def _keep_trunk(decoder: Decoder, trunk: Trunk) -> None:
         keeps = False  # a block returns something that has no length
     finally:
         decoder.train(was_training)
-    if not keeps:
-        decoder.trunk = None
-        rank_zero_warn(
-            f"{type(decoder.model).__name__} cannot begin in its middle: its frozen blocks run in every pass."
-        )
+        decoder.trunk = own
+    return keeps
 
 
 def _begins_in_its_middle(decoder: Decoder, tokens: Tensor, mask: Tensor) -> bool:
@@ -91,4 +111,5 @@ def _begins_in_its_middle(decoder: Decoder, tokens: Tensor, mask: Tensor) -> boo
         begun = decoder(tokens[1:], mask[1:], keep=2, trunk=whole.trunk[1:])
     except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError):
         return False  # whatever a forward that does not fit stumbles over
-    return not whole.trunk.requires_grad and same_logits(begun.logits, whole.logits[1:])
+    is_frozen = decoder.trunk is not None and (decoder.trunk.trains or not whole.trunk.requires_grad)
+    return is_frozen and same_logits(begun.logits, whole.logits[1:])

@@ -1,8 +1,14 @@
 """Small networks on top of a language model's states."""
 
+from __future__ import annotations
+
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+ValueHeadKind = Literal["mlp", "linear"]
 
 
 class ValueHead(nn.Module):
@@ -23,3 +29,28 @@ class ValueHead(nn.Module):
         """The value of every state."""
         values = self.out(torch.relu(self.hidden(states.to(self.out.weight.dtype))))
         return torch.squeeze_copy(values, -1)  # a shard's outputs are no views: FSDP2 warns of them
+
+
+class LinearValueHead(nn.Module):
+    """One linear layer that reads the state before a token and says what reward is still to come.
+
+    Args:
+        width: Of the states.
+        score: Of a classifier with one label, whose weights are then where this begins.
+    """
+
+    def __init__(self, width: int, score: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.out = nn.Linear(width, 1)
+        if score is not None:
+            with torch.no_grad():
+                self.out.weight.copy_(score.weight)
+                self.out.bias.zero_() if score.bias is None else self.out.bias.copy_(score.bias)
+
+    def forward(self, states: Float[Tensor, "batch response width"]) -> Float[Tensor, "batch response"]:
+        """The value of every state."""
+        return torch.squeeze_copy(self.out(states.to(self.out.weight.dtype)), -1)
+
+
+HEADS: dict[str, type[ValueHead] | type[LinearValueHead]] = {"mlp": ValueHead, "linear": LinearValueHead}
+"""By the name of their kind."""

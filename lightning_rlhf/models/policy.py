@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lightning_rlhf.batches import Rollouts
+from lightning_rlhf.models.branches import ValueAdapter, ValueBranch
 from lightning_rlhf.models.decoder import Decoder
-from lightning_rlhf.models.reading import Responses, pieces
+from lightning_rlhf.models.passes import in_pieces
+from lightning_rlhf.models.reading import Responses
+from lightning_rlhf.models.states import head_states, placed
 
 
 class PolicyOutput(NamedTuple):
@@ -20,7 +24,7 @@ class PolicyOutput(NamedTuple):
     Attributes:
         logprobs: Of the tokens, at the policy's temperature.
         entropy: Of the distributions that they were drawn from, in nats.
-        values: Of the states before the tokens; None without a value head.
+        values: Of the states before the tokens; None where the policy says none.
     """
 
     logprobs: Float[Tensor, "batch response"]
@@ -69,13 +73,22 @@ class Policy(nn.Module):
         decoder: The model.
         temperature: What logits are divided by, when sampling and whenever log-probs are taken.
         value_head: Reads the states that the language-modelling head reads.
+        value_branch: Says values instead, from the decoder's lower blocks, or with an adapter of its own. The sampler
+            does not ask it.
     """
 
-    def __init__(self, decoder: Decoder, temperature: float = 1.0, value_head: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        temperature: float = 1.0,
+        value_head: nn.Module | None = None,
+        value_branch: ValueBranch | ValueAdapter | None = None,
+    ) -> None:
         super().__init__()
         self.decoder = decoder
         self.temperature = temperature
         self.value_head = value_head
+        self.value_branch = value_branch
 
     def forward(self, batch: Responses, with_values: bool = True) -> PolicyOutput:
         """Log-probs, entropies and values of responses.
@@ -83,7 +96,7 @@ class Policy(nn.Module):
         Args:
             batch: Prompts and responses; what lies in the padding changes nothing. Where it holds a ``trunk``, what the
                 decoder's frozen blocks made of it, these are not run.
-            with_values: Whether the value head, if there is one, is asked too.
+            with_values: Whether values are said too, if there is something that does.
 
         Returns:
             Everything per response token, with gradients.
@@ -92,15 +105,31 @@ class Policy(nn.Module):
             ValueError: If prompts are padded and the model cannot be.
         """
         reading = self.decoder.reading(batch, getattr(batch, "trunk", None))
-        said = self.decoder.read(reading, self.temperature)
-        values = self.value_head(said.states) if with_values and self.value_head is not None else None
-        if reading.chosen is None:
-            return PolicyOutput(said.logprobs, said.entropy, values)
-        mask = batch.response_mask
-        values = None if values is None else _spread(values, mask)
-        return PolicyOutput(_spread(said.logprobs, mask), _spread(said.entropy, mask), values)
+        branch = self.value_branch if with_values else None
+        with nullcontext([]) if branch is None else branch.listening(self.decoder, reading) as heard:
+            said = self.decoder.read(reading, self.temperature)
+        values = None
+        if branch is not None:
+            values = placed(branch(self.decoder, reading, heard), reading, batch)
+        elif with_values and self.value_head is not None:
+            values = placed(self.value_head(said.states), reading, batch)
+        return PolicyOutput(placed(said.logprobs, reading, batch), placed(said.entropy, reading, batch), values)
 
-    @torch.no_grad()
+    def values(self, batch: Responses) -> Float[Tensor, "batch response"]:
+        """Values alone: what the policy's own top blocks and head would say is not computed.
+
+        Args:
+            batch: As :meth:`forward` takes it.
+
+        Returns:
+            Per response token, with gradients.
+        """
+        reading = self.decoder.reading(batch, getattr(batch, "trunk", None))
+        if self.value_branch is not None:
+            return placed(self.value_branch.alone(self.decoder, reading), reading, batch)
+        assert self.value_head is not None
+        return placed(self.value_head(head_states(self.decoder, reading)), reading, batch)
+
     def scored(
         self, rollouts: Rollouts, size: int, tokens: int | None = None, most: Callable[[int], int] = int
     ) -> Float[Tensor, "batch response"]:
@@ -109,26 +138,13 @@ class Policy(nn.Module):
         Args:
             rollouts: What was written.
             size: Rows of a forward pass.
-            tokens: Tokens of a forward pass instead, as in :func:`pieces`.
-            most: Says, of the passes that this process needs, how many all make: where weights are sharded, as many as
-                the process that needs most.
+            tokens: As in :func:`in_pieces`.
+            most: Likewise.
 
         Returns:
             In single precision or more, 0 in the padding.
         """
-        logprobs = torch.zeros_like(rollouts.old_logprobs)
-        everything = torch.arange(len(rollouts), device=rollouts.response_mask.device)
-        parts = pieces(rollouts, everything, self.decoder.line(rollouts) is not None, size, tokens)
-        parts += parts[:1] * (most(len(parts)) - len(parts))
-        was_training = self.training
-        self.eval()
-        try:
-            for rows in parts:
-                piece = rollouts.select(rows).trimmed()
-                logprobs[rows, : piece.response_mask.shape[1]] = self(piece, with_values=False).logprobs.float()
-        finally:
-            self.train(was_training)
-        return torch.where(rollouts.response_mask, logprobs, 0.0)
+        return in_pieces(self, lambda piece: self(piece, with_values=False).logprobs, rollouts, size, tokens, most)
 
     def check_room(self, prompt_mask: Bool[Tensor, "batch prompt"], max_new_tokens: int) -> None:
         """Refuses prompts that leave no room for a response.
@@ -181,10 +197,3 @@ class Policy(nn.Module):
         output = self.decoder(tokens, mask, keep=1, cache=cache, use_cache=self.decoder.caches)
         values = None if self.value_head is None else self.value_head(output.states)[:, 0]
         return NextToken(output.logits[:, 0], values, output.cache, output.trunk)
-
-
-def _spread(
-    values: Float[Tensor, "1 chosen"], chosen: Bool[Tensor, "batch response"]
-) -> Float[Tensor, "batch response"]:
-    """Puts values back to the positions that they are of, 0 elsewhere."""
-    return torch.zeros(chosen.shape, dtype=values.dtype, device=values.device).masked_scatter(chosen, values)

@@ -23,14 +23,16 @@ class Trunk:
     Args:
         frozen: Names of the blocks below, in order; none where only an encoder is frozen.
         branch: Name of the lowest block that trains.
+        trains: Whether the blocks below train all the same, and this is only where a branch leaves them.
     """
 
-    def __init__(self, frozen: tuple[str, ...], branch: str) -> None:
+    def __init__(self, frozen: tuple[str, ...], branch: str, trains: bool = False) -> None:
         self.frozen = frozen
         self.branch = branch
         self.forms: dict[str, tuple[type, int]] = {}  # what each frozen block returns, and how long it is
         self.more: list[int] = []  # rows of what the first one returned beside its states
         self.needs_more = False  # whether later blocks need it
+        self.trains = trains
 
     @contextmanager
     def watched(self, model: nn.Module) -> Iterator[list[Tensor]]:
@@ -92,6 +94,7 @@ class Trunk:
             standins[name].kept = states.contiguous()
             if self.needs_more:
                 standins[name].block = (model.get_submodule(name),)
+                standins[name].trains = self.trains
                 standins[name].rows = 1 if all(rows == 1 for rows in self.more) else len(states)
         return swapped(model, standins)
 
@@ -107,11 +110,12 @@ class _StandIn(nn.Module):
         self.kept: Tensor | None = None
         self.block: tuple[nn.Module] | None = None  # in a tuple, so that it is no child
         self.rows = 0  # on which it runs
+        self.trains = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         states = _states(args, kwargs)
         if self.block is not None:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
                 some = [_first(value, self.rows, len(states)) for value in args]
                 more = {name: _first(value, self.rows, len(states)) for name, value in kwargs.items()}
                 self.beside[:] = self.block[0](*some, **more)[1:]

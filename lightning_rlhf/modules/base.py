@@ -22,11 +22,11 @@ from lightning_rlhf.data.settled import count_logged, go_on_with_a_new_epoch
 from lightning_rlhf.generation.sampling import Sampling, SamplingChanges
 from lightning_rlhf.models.activations import fuse_activations
 from lightning_rlhf.models.compiling import compile_blocks
+from lightning_rlhf.models.critics import Critic
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.dropout import disable_dropout
 from lightning_rlhf.models.encoder_decoder import decoder_of
 from lightning_rlhf.models.freezing import freeze
-from lightning_rlhf.models.heads import ValueHead
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, load_tokenizer
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.probing import probe
@@ -69,8 +69,8 @@ class RLHFModule(SavedModule):
         seed: Of everything random; what ``seed_everything`` set, else 0, by default.
         optimizer: Makes one optimizer of parameter groups; AdamW with trlX's settings (learning rate 3e-5, betas 0.9
             and 0.95, weight decay 1e-6) by default.
-        learning_rates: Of ``"policy"`` or ``"value"`` (the value head), where it is not the optimizer's own; a schedule
-            multiplies each.
+        learning_rates: Of ``"policy"`` or ``"value"`` (all that says values), where it is not the optimizer's own; a
+            schedule multiplies each.
         decay_norms_and_biases: Whether the optimizer's weight decay is for norms and biases too, as in trlX.
         lr_scheduler: ``"constant"``, ``"linear"`` or ``"cosine"`` over the run's progress, or a factory that is
             stepped after every update.
@@ -81,8 +81,6 @@ class RLHFModule(SavedModule):
             such as ``{"temperature": 0}``.
         **unknown: Refused by name.
     """
-
-    with_value_head = False
 
     def __init__(
         self,
@@ -117,6 +115,7 @@ class RLHFModule(SavedModule):
         self.sampling.but(evaluation_sampling, "evaluation_sampling")  # what is misspelt is better said now
         self._tokenizer = tokenizer
         self.reference: Reference | None = None
+        self.critic: Critic | None = None
         self._end: EndTogether | None = None
         self.save_hyperparameters(plain_arguments(self.__dict__.pop("_given") | {"seed": self.seed}))
 
@@ -137,7 +136,9 @@ class RLHFModule(SavedModule):
                 self.build()
         strategy = getattr(self._trainer, "strategy", None)
         if isinstance(strategy, ModelParallelStrategy):
-            shard(self.policy, self.reference, strategy.device_mesh["data_parallel"], self.trainer.precision)
+            shard(
+                self.policy, self.reference, strategy.device_mesh["data_parallel"], self.trainer.precision, self.critic
+            )
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, RLHFDataModule):
             data.tokenizer, data.max_tokens = self.tokenizer, self.max_prompt_tokens
@@ -154,27 +155,31 @@ class RLHFModule(SavedModule):
                 "head alone."
             )
         freeze(decoder, self.spec.num_layers_unfrozen)
-        if self.compile_options is not False:
-            compile_blocks(decoder, **({} if self.compile_options is True else self.compile_options))
         self.policy = Policy(decoder, self.sampling.temperature or 1.0)
-        if self.with_value_head:
-            self.policy.value_head = ValueHead(decoder.width).to(decoder.model.get_output_embeddings().weight.device)
+        self.make_critic()
+        if self.compile_options is not False:
+            for network in (decoder, *([] if self.critic is None else [self.critic.decoder])):
+                compile_blocks(network, **({} if self.compile_options is True else self.compile_options))
         # From here on the mode is Lightning's: it leaves a model in evaluation mode as it is, without dropout.
         self.policy.train()
         self.special_tokens = SpecialTokens.of(self.tokenizer, self.policy.decoder.model)
 
-    def load_decoder(self, spec: ModelSpec) -> Decoder:
+    def make_critic(self) -> None:
+        """Makes what says values, for a module that learns some."""
+
+    def load_decoder(self, spec: ModelSpec, model: Any = None) -> Decoder:
         """Loads a model, fits it to the tokenizer, and finds out what it can do.
 
         Args:
             spec: Of the model.
+            model: The model, where it has been loaded.
 
         Returns:
             The model, ready to be called.
         """
         from lightning_rlhf.models.linear import speed_up_linears  # imports transformers
 
-        model = spec.load()
+        model = spec.load() if model is None else model
         if not spec.is_named and self._trainer is not None:
             take_over(model, self._trainer.strategy.root_device)  # an object need not be the same everywhere
         new_rows = fit_embeddings(model, self.tokenizer)
@@ -246,12 +251,13 @@ class RLHFModule(SavedModule):
         """Begins an epoch, of a resumed run too."""
         go_on_with_a_new_epoch(self.trainer)
 
+    def parts(self) -> dict[str, nn.Module]:
+        """What the optimizer tells apart, by the names that ``learning_rates`` has for them."""
+        return {"policy": self.policy.decoder}
+
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What trains, as the optimizer gets it: of the model, and of the value head."""
-        parts: dict[str, nn.Module] = {"policy": self.policy.decoder}
-        if self.policy.value_head is not None:
-            parts["value"] = self.policy.value_head
-        return parameter_groups(parts, self.learning_rates, self.decay_norms_and_biases)
+        """What trains, as the optimizer gets it."""
+        return parameter_groups(self.parts(), self.learning_rates, self.decay_norms_and_biases)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over all groups, and its schedule."""

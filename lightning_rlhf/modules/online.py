@@ -129,7 +129,7 @@ class OnlineModule(PromptEvaluation, ManualModule):
         with self.report.phase("score", self.trainer):
             scores = self.score(rollouts)
             if self.corrected.recomputes:
-                self.corrected(rollouts, self.logprobs_by(self.policy.scored, rollouts), self.report)
+                self.corrected(rollouts, self.read_by(self.policy.scored, rollouts), self.report)
         experience = self.experience(rollouts, scores)
         self.report.observe(experience, self.special_tokens.eos)
         if experience.ref_logprobs is not None:
@@ -204,13 +204,13 @@ class OnlineModule(PromptEvaluation, ManualModule):
             return ahead
         if self.reference is None:
             raise ValueError(f"`kl_coef={self.kl_coef}` was 0 when the networks were built: begin above 0.")
-        return self.logprobs_by(self.reference.logprobs, rollouts)
+        return self.read_by(self.reference.logprobs, rollouts)
 
-    def logprobs_by(self, score: Callable[..., Tensor], rollouts: Rollouts) -> Tensor:
-        """Log-probs of the responses, in passes of the size of a micro-batch.
+    def read_by(self, score: Callable[..., Tensor], rollouts: Rollouts) -> Tensor:
+        """What a network says of the responses, in passes of the size of a micro-batch.
 
         Args:
-            score: A policy's or reference's method.
+            score: A policy's or reference's method, or :func:`in_pieces` of a network.
             rollouts: What was written.
 
         Returns:

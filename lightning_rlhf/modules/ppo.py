@@ -16,13 +16,13 @@ from lightning_rlhf.functional.masked import mean_and_variance, moments
 from lightning_rlhf.functional.policy import ClipRange, clip_bounds, clipped_surrogate, outside_clip
 from lightning_rlhf.functional.value import clipped_value_loss
 from lightning_rlhf.models.loading import ModelLike
-from lightning_rlhf.modules.online import OnlineModule
+from lightning_rlhf.modules.critics import ActorCriticModule
 from lightning_rlhf.modules.ranks import sum_over_ranks
 
 _LOSS_ESTIMATORS = {"k2": k2, "k3": k3}
 
 
-class PPOModule(OnlineModule):
+class PPOModule(ActorCriticModule):
     r"""Proximal Policy Optimization, from `Schulman et al. <https://arxiv.org/abs/1707.06347>`_, as RLHF uses it.
 
     A token is a step. The last one earns the score of the response, and every one is charged for its distance from the
@@ -30,8 +30,9 @@ class PPOModule(OnlineModule):
 
     .. math:: r_t = [t = T]\, r(x, y) - \beta \log \frac{\pi(a_t | s_t)}{\pi_\mathrm{ref}(a_t | s_t)}.
 
-    A value head on the policy's last states predicts what is still to come; advantages :math:`A_t` are those of `GAE
-    <https://arxiv.org/abs/1506.02438>`_. Several epochs over shuffled minibatches minimise, averaged over tokens,
+    A critic, by default a value head on the policy's last states, predicts what is still to come; advantages
+    :math:`A_t` are those of `GAE <https://arxiv.org/abs/1506.02438>`_. Several epochs over shuffled minibatches
+    minimise, averaged over tokens,
 
     .. math:: -\min\bigl(\rho_t A_t, \operatorname{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon) A_t\bigr)
         + c_V \tfrac{1}{2} (V_t - R_t)^2 - c_H H_t,
@@ -50,16 +51,15 @@ class PPOModule(OnlineModule):
         whiten_advantages: Whether advantages get mean 0 and variance 1, once an iteration, over all ranks.
         bootstrap_truncated: Whether a response that was cut off is worth what the value says of its end; by default its
             end is as final as an EOS.
-        critic_warmup: In so many first iterations only the value head's own parameters move.
+        critic_warmup: In so many first iterations only the critic's own parameters move.
         averaging: What the loss is averaged over: ``"tokens"``, ``"responses"``, or by the fixed ``"length"``.
         kl_coef: Price of a nat of divergence from the reference, :math:`\beta`; at 0 there is no reference.
         kl_in: ``"reward"`` as above; ``"loss"`` adds ``kl_estimator`` per token, whose optimum is another one
             (`docs/algorithms/ppo.md`).
         kl_estimator: ``"k1"`` in the reward; ``"k2"`` or ``"k3"`` in the loss.
-        **kwargs: Passed to :class:`OnlineModule`: reward, reference, sampling, epochs and minibatches, optimizer.
+        **kwargs: Passed to :class:`ActorCriticModule` (where values come from) and :class:`OnlineModule`: reward,
+            reference, sampling, epochs and minibatches, optimizer.
     """
-
-    with_value_head = True
 
     def __init__(
         self,
@@ -102,12 +102,14 @@ class PPOModule(OnlineModule):
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.whiten_advantages = whiten_advantages
-        self.with_final_values = bootstrap_truncated
+        self.bootstrap_truncated = bootstrap_truncated
+        self.with_final_values = bootstrap_truncated and self.sampler_keeps_values
         self.critic_warmup = critic_warmup
         self.kl_estimator = kl_estimator
 
     def experience(self, rollouts: Rollouts, scores: Scores) -> Experience:
         """Credits every token with its advantage."""
+        self.add_values(rollouts, self.bootstrap_truncated)
         assert rollouts.values is not None
         mask = rollouts.sampled_mask
         scaled = self.scaled(scores, rollouts)
@@ -132,9 +134,10 @@ class PPOModule(OnlineModule):
         assert batch.values is not None
         assert batch.returns is not None
         output = self.policy(batch)
+        values = self.values(batch, output)
         ratio = self.ratio(output.logprobs, batch)  # (batch, response)
         policy_loss = clipped_surrogate(ratio, batch.advantages, self.clip_range, self.dual_clip)
-        value_loss = clipped_value_loss(output.values, batch.values, batch.returns, self.value_clip_range)
+        value_loss = clipped_value_loss(values, batch.values, batch.returns, self.value_clip_range)
         metrics = {
             "policy/loss": policy_loss,
             "policy/entropy": output.entropy,
@@ -143,7 +146,7 @@ class PPOModule(OnlineModule):
             "value/loss": value_loss,
         }
         if self.value_clip_range is not None:
-            metrics["value/clip_fraction"] = ((output.values - batch.values).abs() > self.value_clip_range).float()
+            metrics["value/clip_fraction"] = ((values - batch.values).abs() > self.value_clip_range).float()
 
         loss = policy_loss + self.vf_coef * value_loss - self.ent_coef * output.entropy
         if batch.ref_logprobs is not None and self.kl_in == "loss":
@@ -152,7 +155,7 @@ class PPOModule(OnlineModule):
 
     def resting_parameters(self) -> Iterable[nn.Parameter]:
         """The language model, while the critic warms up."""
-        return self.policy.decoder.parameters() if self.iteration < self.critic_warmup else ()
+        return self.policy_parameters() if self.iteration < self.critic_warmup else ()
 
     def _log_explained_variance(self, returns: Tensor, values: Tensor, mask: Tensor) -> None:
         """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""

@@ -13,6 +13,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_rlhf.models.adapter_reference import AdapterReference
+from lightning_rlhf.models.branches import ValueBranch
+from lightning_rlhf.models.critics import Critic
 from lightning_rlhf.models.hydra import HydraReference
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.quantization import is_quantized
@@ -26,14 +28,17 @@ PRECISIONS = {
 """What Lightning's ``precision`` means for shards."""
 
 
-def shard(policy: Policy, reference: Reference | None, mesh: DeviceMesh, precision: str) -> None:
-    """Shards a policy and its reference by FSDP2, every block by itself and the rest as one; once.
+def shard(
+    policy: Policy, reference: Reference | None, mesh: DeviceMesh, precision: str, critic: Critic | None = None
+) -> None:
+    """Shards a policy, its reference and its critic by FSDP2, every block by itself and the rest as one; once.
 
     Args:
         policy: Built whole and alike on all processes.
         reference: Of the policy.
         mesh: Of one dimension, over which to shard.
         precision: Of the Trainer.
+        critic: Likewise.
 
     Raises:
         ValueError: If weights cannot be sharded in that precision.
@@ -44,8 +49,8 @@ def shard(policy: Policy, reference: Reference | None, mesh: DeviceMesh, precisi
         raise ValueError(
             f"`Trainer(precision={precision!r})` cannot be sharded: use {' or '.join(map(repr, PRECISIONS))}."
         )
-    networks = [policy] if reference is None else [policy, reference.network]
-    if any(is_quantized(network) for network in networks):
+    networks = [policy, critic, None if reference is None else reference.network]
+    if any(is_quantized(network) for network in networks if network is not None):
         raise ValueError(
             "`quantization` cannot be sharded, since bitsandbytes knows no shards: leave it out, or use "
             "`Trainer(strategy='ddp')`, where every process holds the whole model."
@@ -62,9 +67,14 @@ def shard(policy: Policy, reference: Reference | None, mesh: DeviceMesh, precisi
             fully_shard(module, reshard_after_forward=True, **options)
     elif reference is not None and not isinstance(reference, AdapterReference):  # that has nothing of its own
         _shard(reference.network, options, reshard_root=True)
+    if isinstance(policy.value_branch, ValueBranch):
+        for module in policy.value_branch.copies:
+            fully_shard(module, reshard_after_forward=True, **options)
+    if critic is not None:
+        _shard(critic, options, reshard_root=False)
     # What is in no block is needed to the end of a forward pass, and at once when the backward pass begins.
     _shard(policy, options, reshard_root=False)
-    for method in ("begin", "next_token"):
+    for method in ("begin", "next_token", "values"):
         register_fsdp_forward_method(policy, method)
     for name, parameter in policy.named_parameters():
         if not isinstance(parameter, DTensor) or parameter.is_meta:

@@ -1,0 +1,196 @@
+"""Where values come from: a head on the policy's states, a branch of its top blocks, or a model of its own."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+from lightning_rlhf.batches import Rollouts
+from lightning_rlhf.models.adapters import VALUE
+from lightning_rlhf.models.branches import ValueAdapter, ValueBranch
+from lightning_rlhf.models.critics import Critic, check_vocabulary, critic_network
+from lightning_rlhf.models.decoder import Decoder
+from lightning_rlhf.models.freezing import freeze, keep_frozen_blocks
+from lightning_rlhf.models.heads import HEADS, LinearValueHead, ValueHeadKind
+from lightning_rlhf.models.loading import ModelLike, ModelSpec
+from lightning_rlhf.models.passes import in_pieces
+from lightning_rlhf.models.policy import PolicyOutput
+from lightning_rlhf.modules.online import OnlineModule
+
+
+class ActorCriticModule(OnlineModule):
+    """An online module that learns values beside its policy.
+
+    Args:
+        policy: The network to train: a name, folder, object, config or :class:`ModelSpec`.
+        value_head: What says values of a token's state: ``"mlp"``, trlX's two layers, or ``"linear"``, one. By default
+            the first; or, where ``critic`` is a sequence classifier with one label, its own linear head.
+        num_value_layers_unfrozen: Values are said by trainable copies of so many of the policy's top blocks, which read
+            what the policy's own read there; 0 reads the policy's last states.
+        critic: Values are said by a model of its own: a name, folder, object, config or :class:`ModelSpec` of a
+            language model or sequence classifier, or ``"policy"`` for a copy of the policy as it starts. Where both
+            have an adapter and the same model, that is held once.
+        **kwargs: Passed to :class:`OnlineModule`.
+    """
+
+    def __init__(
+        self,
+        policy: ModelLike,
+        *,
+        value_head: ValueHeadKind | None = None,
+        num_value_layers_unfrozen: int = 0,
+        critic: ModelLike | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, **kwargs)
+        if value_head is not None and value_head not in HEADS:
+            raise ValueError(
+                f"`value_head={value_head!r}` must be one of {', '.join(map(repr, get_args(ValueHeadKind)))}."
+            )
+        if num_value_layers_unfrozen < 0:
+            raise ValueError(
+                f"`num_value_layers_unfrozen={num_value_layers_unfrozen}` must be a number of blocks, or 0 for a value "
+                "head on the policy's own states."
+            )
+        if critic is not None and num_value_layers_unfrozen:
+            raise ValueError(
+                f"`num_value_layers_unfrozen={num_value_layers_unfrozen}` and `critic` both say where values come "
+                "from: leave one of them out. How much of a critic trains is `ModelSpec(num_layers_unfrozen=...)`'s."
+            )
+        if self.compile_options is not False and num_value_layers_unfrozen:
+            raise ValueError(
+                f"`compile={self.compile_options!r}` does not go with `num_value_layers_unfrozen="
+                f"{num_value_layers_unfrozen}`, which looks into a block that would be compiled: leave it out, or take "
+                "`critic='policy'`."
+            )
+        self.value_head = value_head
+        self.num_value_layers_unfrozen = num_value_layers_unfrozen
+        self.copies_policy = isinstance(critic, str) and critic == "policy"
+        self.critic_spec = self.spec if self.copies_policy else None if critic is None else ModelSpec.of(critic)
+
+    # --- networks -----------------------------------------------------------------------------------------------
+
+    @property
+    def sampler_keeps_values(self) -> bool:
+        """Whether values are read off the policy's own last states, so that the sampler has them."""
+        return self.num_value_layers_unfrozen == 0 and self.critic_spec is None
+
+    def make_critic(self) -> None:
+        """Makes what says values, once the policy is there."""
+        decoder = self.policy.decoder
+        if self.sampler_keeps_values:
+            self.policy.value_head = self._head(decoder)
+        elif self.num_value_layers_unfrozen:
+            recomputes = self.spec.gradient_checkpointing
+            self.policy.value_branch = ValueBranch(
+                decoder, self.num_value_layers_unfrozen, self._head(decoder), recomputes
+            )
+            keep_frozen_blocks(decoder, self.num_value_layers_unfrozen)
+        elif self._shares_model():
+            keep_frozen_blocks(decoder)
+            self.policy.value_branch = ValueAdapter(self._head(decoder))
+        else:
+            self.critic = self._own_model().train()
+
+    def _head(self, decoder: Decoder, score: nn.Linear | None = None) -> nn.Module:
+        head = (
+            HEADS[self.value_head or "mlp"](decoder.width) if score is None else LinearValueHead(decoder.width, score)
+        )
+        return head.to(decoder.model.get_output_embeddings().weight.device)
+
+    def _shares_model(self) -> bool:
+        """Puts the critic's adapter beside the policy's, if that can be."""
+        spec, adapters = self.critic_spec, self.policy.decoder.adapters
+        assert spec is not None
+        if adapters is None or spec.adapter is None or not (self.copies_policy or spec.has_model_of(self.spec)):
+            return False
+        if spec.gradient_checkpointing != self.spec.gradient_checkpointing:
+            raise ValueError(
+                f"`critic.gradient_checkpointing={spec.gradient_checkpointing}`: policy and critic have one model, and "
+                f"the policy's says {self.spec.gradient_checkpointing}. Set both alike."
+            )
+        return adapters.add(spec.adapter, VALUE, trains=True)
+
+    def _own_model(self) -> Critic:
+        spec = self.critic_spec
+        assert spec is not None
+        if spec.quantization is not None:
+            raise ValueError(
+                f"`critic.quantization={spec.quantization!r}` is for a critic that is an adapter on the policy's own "
+                "model: give both a LoRA and the same model, or leave it out."
+            )
+        if self.copies_policy:
+            decoder, score = copy.deepcopy(self.policy.decoder), None
+        else:
+            check_vocabulary(spec, self.tokenizer)
+            network, score = critic_network(spec, begins_with_score=self.value_head is None)
+            decoder = self.load_decoder(spec, network)
+            freeze(decoder, spec.num_layers_unfrozen)
+        if decoder.adapters is not None and decoder.adapters.allocates:
+            raise ValueError("`critic.adapter` of type ADALORA: ranks are reduced of a policy's alone: use LORA.")
+        decoder.trunk = None  # what it makes of tokens is not kept
+        return Critic(decoder, self._head(decoder, score))
+
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        """The smaller of what policy and critic have room for."""
+        rooms = [super().max_prompt_tokens]
+        if self.critic is not None:
+            rooms.append(self.critic.decoder.prompt_room(self.sampling.max_new_tokens))
+        return min((room for room in rooms if room is not None), default=None)
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """Those of the policy's model and adapter, and none that only values are made with."""
+        adapters = self.policy.decoder.adapters
+        others = {id(parameter) for parameter in ([] if adapters is None else adapters.parameters(VALUE))}
+        return [parameter for parameter in self.policy.decoder.parameters() if id(parameter) not in others]
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What the optimizer tells apart: the policy, and all that says values."""
+        adapters, value = self.policy.decoder.adapters, nn.ModuleList()
+        for module in (self.policy.value_head, self.policy.value_branch, self.critic):
+            if module is not None:
+                value.append(module)
+        if adapters is not None:
+            value.append(nn.ParameterList(adapters.parameters(VALUE)))
+        return {"policy": nn.ParameterList(self.policy_parameters()), "value": value}
+
+    # --- values -------------------------------------------------------------------------------------------------
+
+    def add_values(self, rollouts: Rollouts, with_final_values: bool) -> None:
+        """Reads finished rollouts for their values, where the sampler could not keep them.
+
+        Args:
+            rollouts: Changed in place.
+            with_final_values: Whether to read the value after the last token of responses that were cut off.
+        """
+        if self.sampler_keeps_values:
+            return
+        network: Any = self.policy if self.critic is None else self.critic
+        read = functools.partial(in_pieces, network, self.policy.values if self.critic is None else self.critic)
+        if not with_final_values:
+            rollouts.values = self.read_by(read, rollouts)
+            return
+        # A token more after those that were cut off, which nobody reads: its value is that of the state before it.
+        longer = self.read_by(read, rollouts.with_next_token())
+        ends = rollouts.response_mask.sum(1, keepdim=True)
+        rollouts.values = longer[:, :-1].masked_fill(~rollouts.response_mask, 0.0)
+        rollouts.final_values = longer.gather(1, ends).squeeze(1) * rollouts.truncated
+
+    def values(self, batch: Rollouts, output: PolicyOutput) -> Tensor:
+        """Values as they are now.
+
+        Args:
+            batch: Some rows.
+            output: What the policy says of them.
+
+        Returns:
+            (batch, response), with gradients.
+        """
+        if self.critic is not None:
+            return self.critic(batch)
+        assert output.values is not None
+        return output.values
