@@ -115,10 +115,10 @@ class Rollouts(PromptBatch):
         length = self.response_mask.sum(1, keepdim=True)
         columns = torch.arange(self.response_mask.shape[1] + 1, device=length.device)[None]
         mask = columns < length + self.truncated[:, None]
-        longer = {
+        longer: dict[str, Any] = {
             name: torch.nn.functional.pad(getattr(self, name), (0, 1)) for name in ("response_tokens", "old_logprobs")
         }
-        nothing = dict.fromkeys(("values", "final_values", "kept_mass", "importance", "trunk"))
+        nothing: dict[str, Any] = dict.fromkeys(("values", "final_values", "kept_mass", "importance", "trunk"))
         return replace(self, response_mask=mask, sampled_mask=mask, **longer, **nothing)
 
 

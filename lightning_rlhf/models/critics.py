@@ -109,8 +109,9 @@ def _classifier(spec: ModelSpec) -> Any:
         return load_classifier(
             replace(spec, num_layers_unfrozen=-1, adapter=None, gradient_checkpointing=False), "critic"
         )
-    is_one = isinstance(spec.model, PreTrainedModel) and "SequenceClassification" in type(spec.model).__name__
-    return copy.deepcopy(spec.model).to(spec.torch_dtype()) if is_one else None
+    if isinstance(spec.model, PreTrainedModel) and "SequenceClassification" in type(spec.model).__name__:
+        return copy.deepcopy(spec.model).to(spec.torch_dtype())
+    return None
 
 
 def _config(spec: ModelSpec) -> Any:

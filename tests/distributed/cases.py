@@ -94,6 +94,10 @@ ALGORITHMS: dict[str, Any] = {
     "grpo_hydra": lambda **more: online(GRPOModule, policy_of(2, layers=6), group_size=4, divide_by_std=False, **more),
     "ppo_lora": lambda **more: online(PPOModule, with_adapter(), micro_batch_size=1, **more),
     "ppo_t5": lambda **more: online(PPOModule, t5(), micro_batch_size=2, **more),
+    "ppo_branch": lambda **more: online(PPOModule, policy_of(1, layers=4), num_value_layers_unfrozen=2, **more),
+    "ppo_t5_branch": lambda **more: online(PPOModule, t5(layers=3), num_value_layers_unfrozen=1, **more),
+    "ppo_critic": lambda **more: online(PPOModule, critic=policy_of(2, layers=4), micro_batch_size=2, **more),
+    "ppo_value_adapter": lambda **more: online(PPOModule, with_adapter(), critic="policy", micro_batch_size=2, **more),
     "grpo_t5_hydra": lambda **more: online(GRPOModule, t5(1, layers=3), group_size=3, **more),
     # Scores of two or three values: in many groups all are equal, and nothing else has a gradient.
     "grpo_silent": functools.partial(
@@ -155,10 +159,16 @@ def fit(module: Any, data: Any, strategy: str, ckpt_path: Any = None, **flags: A
             for of_iteration in watch.metrics
         ],
         "experiences": [experience_of(experience) for experience in watch.experiences],
-        "weights": torch.cat([value.flatten() for _, value in sorted(whole_state(module.policy).items())]),
+        "weights": weights_of(module),
         "moments": module.scaled.moments.tolist() if hasattr(module, "scaled") else None,
         "world": (rank(), world_size()),
     }
+
+
+def weights_of(module: Any) -> Any:
+    """All of a module's weights, put together where they are sharded."""
+    networks = [module.policy] if module.critic is None else [module.policy, module.critic]
+    return torch.cat([value.flatten() for network in networks for _, value in sorted(whole_state(network).items())])
 
 
 def experience_of(experience: Any) -> dict[str, Any]:
@@ -188,6 +198,10 @@ grpo = functools.partial(learns, "grpo")
 grpo_silent = functools.partial(learns, "grpo_silent")
 grpo_hydra = functools.partial(learns, "grpo_hydra")
 ppo_t5 = functools.partial(learns, "ppo_t5")
+ppo_branch = functools.partial(learns, "ppo_branch")
+ppo_t5_branch = functools.partial(learns, "ppo_t5_branch")
+ppo_critic = functools.partial(learns, "ppo_critic")
+ppo_value_adapter = functools.partial(learns, "ppo_value_adapter")
 grpo_t5_hydra = functools.partial(learns, "grpo_t5_hydra")
 
 
@@ -354,6 +368,7 @@ def resumed_by(build: Any, strategy: str, folder: Path) -> dict[str, Any]:
 resumed = functools.partial(resumed_by, functools.partial(online, PPOModule, policy_of(2, layers=6)))
 resumed_whole = functools.partial(resumed_by, functools.partial(online, PPOModule))
 resumed_lora = functools.partial(resumed_by, lambda **more: online(PPOModule, with_adapter(), **more))
+resumed_critic = functools.partial(resumed_by, functools.partial(online, PPOModule, critic=policy_of(1)))
 resumed_grpo = functools.partial(resumed_by, functools.partial(online, GRPOModule, group_size=4))
 
 
@@ -487,6 +502,10 @@ SAME = [
     "grpo_hydra",
     "grpo_silent",
     "ppo_t5",
+    "ppo_branch",
+    "ppo_t5_branch",
+    "ppo_critic",
+    "ppo_value_adapter",
     "grpo_t5_hydra",
     "sft",
     "unlike_objects",
@@ -505,6 +524,7 @@ OF_TWO = [
     "resumed_whole",
     "resumed_grpo",
     "resumed_lora",
+    "resumed_critic",
     "told_to_end",
     "failing_too_few",
     "failing_not_a_number",

@@ -155,7 +155,7 @@ def test_gradients_are_added_up_on_each_process_and_exchanged_once(two):
 
 
 @pytest.mark.invariant(36)
-@pytest.mark.parametrize("name", ["resumed", "resumed_whole", "resumed_grpo", "resumed_lora"])
+@pytest.mark.parametrize("name", ["resumed", "resumed_whole", "resumed_grpo", "resumed_lora", "resumed_critic"])
 def test_a_resumed_run_equals_an_uninterrupted_one(two, name):
     for result in both(two, name):
         whole, rest = result["whole"], result["rest"]
