@@ -95,7 +95,7 @@ ALGORITHMS: dict[str, Any] = {
     "ppo_lora": lambda **more: online(PPOModule, with_adapter(), micro_batch_size=1, **more),
     "ppo_t5": lambda **more: online(PPOModule, t5(), micro_batch_size=2, **more),
     "ppo_branch": lambda **more: online(PPOModule, policy_of(1, layers=4), num_value_layers_unfrozen=2, **more),
-    "ppo_t5_branch": lambda **more: online(PPOModule, t5(layers=3), num_value_layers_unfrozen=1, **more),
+    "ppo_t5_branch": lambda **more: online(PPOModule, t5(), num_value_layers_unfrozen=1, vf_coef=0.1, **more),
     "ppo_critic": lambda **more: online(PPOModule, critic=policy_of(2, layers=4), micro_batch_size=2, **more),
     "ppo_value_adapter": lambda **more: online(PPOModule, with_adapter(), critic="policy", micro_batch_size=2, **more),
     "grpo_t5_hydra": lambda **more: online(GRPOModule, t5(1, layers=3), group_size=3, **more),
