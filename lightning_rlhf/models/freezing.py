@@ -12,9 +12,21 @@ from lightning_rlhf.models.trunk import Trunk
 
 
 def freeze(decoder: Decoder, num_layers_unfrozen: int) -> None:
-    """Leaves the top blocks and what comes after them to train, less the embeddings, and nothing else.
+    """Leaves the top blocks to train, as :func:`freeze_weights` does, and keeps the work of what lies below them.
 
-    The work of what lies below everything that trains is kept from then on.
+    Args:
+        decoder: Changed in place.
+        num_layers_unfrozen: As there.
+    """
+    freeze_weights(decoder, num_layers_unfrozen)
+    branch = frozen_blocks(decoder)
+    if branch is not None:
+        assert decoder.blocks is not None
+        _keep_trunk(decoder, Trunk(decoder.blocks.blocks[:branch], decoder.blocks.blocks[branch]))
+
+
+def freeze_weights(decoder: Decoder, num_layers_unfrozen: int) -> None:
+    """Leaves the top blocks and what comes after them to train, less the embeddings, and nothing else.
 
     Args:
         decoder: Changed in place.
@@ -24,7 +36,6 @@ def freeze(decoder: Decoder, num_layers_unfrozen: int) -> None:
         ValueError: If there are fewer blocks, or they were not found.
     """
     if num_layers_unfrozen == -1:
-        _keep_frozen_blocks(decoder)
         return
     name = type(decoder.model).__name__
     if decoder.blocks is None:
@@ -42,19 +53,23 @@ def freeze(decoder: Decoder, num_layers_unfrozen: int) -> None:
     for top in decoder.blocks.top(num_layers_unfrozen) if num_layers_unfrozen else ():
         for parameter in decoder.model.get_submodule(top).parameters():
             parameter.requires_grad_(parameter is not embedding and parameter.is_floating_point())
-    _keep_frozen_blocks(decoder)
 
 
-def _keep_frozen_blocks(decoder: Decoder) -> None:
-    """Keeps the work of what lies below the lowest block that trains: frozen blocks, and a frozen encoder."""
+def frozen_blocks(decoder: Decoder) -> int | None:
+    """How many blocks lie below the lowest one that trains: their work, and that of a frozen encoder, can be kept.
+
+    Args:
+        decoder: Frozen in part or not.
+
+    Returns:
+        The number, 0 where only an encoder is frozen; None where there is nothing to keep.
+    """
     if decoder.has_encoder and any(parameter.requires_grad for parameter in decoder.model.get_encoder().parameters()):
-        return
-    blocks = () if decoder.blocks is None else decoder.blocks.blocks
-    for branch, block in enumerate(blocks):
+        return None
+    for branch, block in enumerate(() if decoder.blocks is None else decoder.blocks.blocks):
         if any(parameter.requires_grad for parameter in decoder.model.get_submodule(block).parameters()):
-            if branch > 0 or decoder.has_encoder:
-                _keep_trunk(decoder, Trunk(blocks[:branch], block))
-            return
+            return branch if branch > 0 or decoder.has_encoder else None
+    return None
 
 
 def _keep_trunk(decoder: Decoder, trunk: Trunk) -> None:
