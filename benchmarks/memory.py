@@ -34,6 +34,9 @@ from benchmarks.workload import Size
 
 SIZE = Size(768, 12, 12, 50257)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, MICRO_BATCH = 16, 64, 64, 8
+CONFIG = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "bos_token_id", "eos_token_id", "pad_token_id")
+CONFIG += ("attn_pdrop", "embd_pdrop", "resid_pdrop")
+"""What of the network's config is not transformers' own."""
 HEADINGS = ("trained", "weights that train", "measured, GiB", "planned, GiB", "planned / measured")
 
 LORA = {"peft_type": "LORA", "r": 8, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
@@ -114,9 +117,9 @@ def configuration(row: str, folder: Path, size: Size = SIZE) -> dict[str, Any]:
 
 
 def _arguments(size: Size) -> dict[str, Any]:
-    """Of a config: what differs from transformers' own."""
+    """Of the config, as a configuration writes them."""
     config = workload.config(size)
-    return {name: getattr(config, name) for name in config.to_diff_dict() if name in type(config)().to_dict()}
+    return {name: getattr(config, name) for name in CONFIG}
 
 
 def measured(path: Path) -> dict[str, float]:
@@ -228,6 +231,7 @@ def main(args: list[str] | None = None) -> None:
             path = Path(folder) / f"{row}.yaml"
             path.write_text(yaml.safe_dump(configuration(row, Path(folder))))
             lines.append(line_of(row, in_a_process(path), planned(path)))
+            print(*lines[-1], sep=" | ", flush=True)
     facts = [
         f"`{options.command}`",
         f"PPO on a GPT-2 of 124 M weights in single precision, 1 thread; {PROMPTS} prompts of {PROMPT_TOKENS} tokens, "

@@ -89,8 +89,12 @@ def config_of(spec: ModelSpec, argument: str = "policy") -> PretrainedConfig:
 
 
 def _from_config(cls: Any, config: PretrainedConfig, spec: ModelSpec) -> PreTrainedModel:
-    options = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
-    return cls.from_config(config, dtype=spec.torch_dtype(), trust_remote_code=spec.trust_remote_code, **options).eval()
+    options: dict[str, Any] = (
+        {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
+    )
+    options |= {"dtype": spec.torch_dtype(), "trust_remote_code": spec.trust_remote_code}
+    with torch.device("meta"):
+        return cls.from_config(config, **options).eval()
 
 
 def rounded_weights(spec: ModelSpec, build: Callable[[ModelSpec], PreTrainedModel]) -> dict[str, int]:

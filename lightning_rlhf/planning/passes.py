@@ -140,12 +140,16 @@ class Passes:
                 count, last = rows.count * group, read + rows.response - 1
                 with live.labelled(LOGITS):
                     draw(logits, torch.zeros(count), sampling)
+                drawing = live.peak[LOGITS]
                 read_again = 1 if getattr(cache, "past", cache) is not None else last
                 tokens = torch.zeros(count, read_again, dtype=torch.long)
                 mask = torch.ones(count, last if read_again > 1 else read + 1, dtype=torch.bool)
-                self.decoder(tokens, mask, keep=1, cache=cache, use_cache=self.decoder.caches)
-        step = live.peak
-        step[CACHE] = longest(cache, read, last)
+                output = self.decoder(tokens, mask, keep=1, cache=cache, use_cache=self.decoder.caches)
+                hold(live, cache)
+                # Room for more tokens is made in this first step, and is there in the last one.
+                passing = live.peak.total() - live.now.total()
+                del output
+        step = Counter({CACHE: longest(cache, read, last), LOGITS: drawing, ACTIVATIONS: passing})
         return max(prompts, step, key=Counter.total)
 
     def trunk_bytes(self, rows: Rows) -> int:

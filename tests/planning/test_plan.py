@@ -147,8 +147,10 @@ def test_rounded_weights_take_what_bitsandbytes_makes_of_them(quantization, tmp_
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             held += size([state.absmax]) + (size([state.state2.absmax]) if state.nested else 0)
-        if getattr(parameter, "SCB", None) is not None:
-            held += size([parameter.SCB])
+    for layer in module.policy.decoder.modules():
+        if hasattr(layer, "state"):
+            scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+            held += size([scales])
     assert planned[POLICY] == pytest.approx(held + size(module.policy.decoder.buffers()), rel=0.01)
     trained = [p for p in module.policy.parameters() if p.requires_grad]
     assert planned[GRADIENTS] == size(trained)
