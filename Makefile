@@ -65,6 +65,7 @@ bench-report: $(INSTALLED) ## measure all that docs/performance.md shows, on an 
 	$(BIN)/python -m benchmarks.unfrozen --size small --iterations 3
 	$(BIN)/python -m benchmarks.unfrozen --size base --tops 2 4 --iterations 1
 	$(BIN)/python -m benchmarks.batch_size --size base --row grpo --batches 8 32 128 --micro-batch-size 4 --iterations 1
+	$(BIN)/python -m benchmarks.memory full hydra lora qlora adam8bit
 	$(BIN)/python -m benchmarks.profile ppo --size base
 	$(BIN)/python -m benchmarks.profile sft --size base
 	$(BIN)/python -m benchmarks.report

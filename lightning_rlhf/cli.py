@@ -1,4 +1,4 @@
-"""The command line: ``lightning-rlhf fit|validate|test|predict --config run.yaml``."""
+"""The command line: ``lightning-rlhf fit|validate|test|predict|plan --config run.yaml``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -20,8 +21,10 @@ import lightning_rlhf
 from lightning_rlhf.callbacks import ResponseWriter
 from lightning_rlhf.modules.arguments import known_arguments
 from lightning_rlhf.modules.base import RLHFModule
+from lightning_rlhf.planning.command import Asked, plan_run
 
 PROGRAM = "lightning-rlhf"
+PLAN = "plan"
 _USER_ERRORS = (ValueError, TypeError, FileNotFoundError)
 
 
@@ -84,6 +87,16 @@ class RLHFCLI(LightningCLI):
             "--responses", type=str, default="responses.jsonl", help="Of predict: the JSONL file that is written."
         )
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Adds `plan`, which reads what `fit` does."""
+        super()._add_subcommands(parser, **kwargs)
+        about = "Say where the memory of a run goes and whether it fits, from its configuration alone."
+        planner = self._prepare_subcommand_parser(self.trainer_class, "fit", description=about)
+        planner.add_class_arguments(Asked)
+        self._subcommand_parsers[PLAN] = planner
+        assert parser._subcommands_action is not None
+        parser._subcommands_action.add_subcommand(PLAN, planner, help=about)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Reads the command line."""
         with _optimizers_of_torch():
@@ -109,12 +122,39 @@ class RLHFCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Builds trainer, module and data; what is wrong with their arguments is said without a traceback."""
         try:
-            super().instantiate_classes()
+            if self.subcommand == PLAN:
+                self.model = self._alone("model", RLHFModule)  # a Trainer would look for its devices
+            else:
+                super().instantiate_classes()
         except _USER_ERRORS as error:
             cause: BaseException = error
             while "Does not validate against any" in str(cause) and cause.__cause__ is not None:
                 cause = cause.__cause__
             self.parser.error(str(cause), error)
+
+    def _alone(self, key: str, base: type) -> Any:
+        """Builds what one section of the configuration says, and nothing else of it."""
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(base, key)
+        section = parser.parse_object({key: self.config[PLAN][key]})
+        return parser.instantiate_classes(section)[key]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Plans, or calls the Trainer."""
+        if subcommand != PLAN:
+            super()._run_subcommand(subcommand)
+            return
+        section = self.config[PLAN]
+        try:
+            asked = Asked(**{name: section[name] for name in Asked.__dataclass_fields__})
+            if section.data is None:
+                raise ValueError("`data` is missing, which says how large a batch is.")
+            self.plan = plan_run(
+                self.model, section.trainer, section.data, asked, lambda: self._alone("data", LightningDataModule)
+            )
+        except _USER_ERRORS as error:
+            files = ", ".join(str(path) for path in section.config or ())
+            self.parser.error(f"{files}: {error}" if files else str(error), error)
 
     def after_fit(self) -> None:
         """Exports the policy."""

@@ -30,6 +30,7 @@ ORDER = (
     ("generation", "rewards", "data"),
     ("strategies",),
     ("modules",),
+    ("planning",),
     ("",),
     ("callbacks",),
     ("cli", "sweep", "collect"),

@@ -18,6 +18,42 @@ GRADIENTS_AT_ONCE = 2**21
 """Gradients of logits that are made at once in the backward pass, of all tokens at some entries of the vocabulary."""
 
 
+def head_bytes(tokens: int, vocabulary: int, dtype: torch.dtype, kept_bytes: int = 2**30) -> tuple[int, int]:
+    """Memory that :func:`head_logprobs` takes beside states, weights and their gradients.
+
+    Args:
+        tokens: That are predicted.
+        vocabulary: Entries of it.
+        dtype: Of the states.
+        kept_bytes: As there.
+
+    Returns:
+        Bytes of the softmax that lies between the passes, 0 where none does; and of the logits, or of the gradients of
+        some, that are there for a moment.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    logits = min(tokens, _rows_at_once(vocabulary)) * vocabulary * dtype.itemsize
+    gradients = tokens * min(vocabulary, _entries_at_once(tokens)) * (wide.itemsize + dtype.itemsize)
+    kept = tokens * vocabulary * dtype.itemsize if _is_kept(tokens, vocabulary, dtype, kept_bytes) else 0
+    return kept, max(logits, gradients)
+
+
+def _rows_at_once(vocabulary: int) -> int:
+    """Tokens whose logits a product makes in the forward pass."""
+    return max(16, LOGITS_AT_ONCE // vocabulary)
+
+
+def _entries_at_once(tokens: int) -> int:
+    """Entries of the vocabulary for which gradients are made in the backward pass."""
+    return max(1, GRADIENTS_AT_ONCE // max(1, tokens))
+
+
+def _is_kept(tokens: int, vocabulary: int, dtype: torch.dtype, kept_bytes: int) -> bool:
+    """Whether the softmax is kept for the backward pass."""
+    is_wide = dtype == torch.promote_types(dtype, torch.float32)
+    return is_wide and tokens * vocabulary * dtype.itemsize <= kept_bytes
+
+
 def head_logprobs(
     states: Float[Tensor, "*shape width"],
     weight: Float[Tensor, "vocabulary width"],
@@ -68,10 +104,10 @@ class _HeadLogprobs(torch.autograd.Function):
         # In the shape in which they are returned: FSDP2 warns of outputs that are views.
         outputs = [torch.empty(tokens.shape, dtype=dtype, device=states.device) for _ in range(2)]
         logprobs, entropy = (output.view(-1) for output in outputs)
-        is_kept = states.dtype == dtype and len(flat) * vocabulary * states.element_size() <= kept_bytes
+        is_kept = _is_kept(len(flat), vocabulary, states.dtype, kept_bytes)
         probs = flat.new_empty(len(flat), vocabulary) if is_kept and any(ctx.needs_input_grad) else None
         log_mass = torch.empty_like(logprobs)  # the logarithm of what a softmax divides by
-        rows = max(16, LOGITS_AT_ONCE // vocabulary)
+        rows = _rows_at_once(vocabulary)
         read = max(1, LOGITS_READ_AT_ONCE // vocabulary)
         for start in range(0, len(flat), rows):
             part = slice(start, start + rows)
@@ -93,7 +129,7 @@ class _HeadLogprobs(torch.autograd.Function):
         grad_states = torch.zeros_like(flat) if wants_states else None
         grad_weight = torch.empty_like(weight) if wants_weight else None
         grad_bias = torch.empty_like(bias) if wants_bias else None
-        entries = max(1, GRADIENTS_AT_ONCE // max(1, len(flat)))
+        entries = _entries_at_once(len(flat))
         for start in range(0, len(weight), entries):
             part = slice(start, start + entries)
             if probs is None:

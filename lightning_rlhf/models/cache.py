@@ -12,6 +12,18 @@ GROWTH = 64
 """Tokens for which there is room beyond those that need it, at least; half as many again where that is more."""
 
 
+def columns_at(total: int) -> int:
+    """Columns that are allocated when room is made for some.
+
+    Args:
+        total: That are needed.
+
+    Returns:
+        At least as many.
+    """
+    return total + max(GROWTH, total // 2)
+
+
 def give_room(cache: Any) -> None:
     """Lets a cache grow in place.
 
@@ -66,7 +78,7 @@ class RoomyLayer(DynamicLayer):
         # Whoever selects or repeats rows leaves a tensor of its own.
         if room is None or room.data_ptr() != held.data_ptr() or room.shape[-2] < total:
             room = torch.empty(
-                *held.shape[:-2], total + max(GROWTH, total // 2), held.shape[-1], dtype=held.dtype, device=held.device
+                *held.shape[:-2], columns_at(total), held.shape[-1], dtype=held.dtype, device=held.device
             )
             room[..., :length, :] = held
             self._rooms[name] = room

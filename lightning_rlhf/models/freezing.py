@@ -12,9 +12,32 @@ from lightning_rlhf.models.trunk import Trunk
 
 
 def freeze(decoder: Decoder, num_layers_unfrozen: int) -> None:
-    """Leaves the top blocks and what comes after them to train, less the embeddings, and nothing else.
+    """Leaves the top blocks to train, as :func:`freeze_weights` does, and keeps the work of what lies below them.
 
-    The work of what lies below everything that trains is kept from then on.
+    Args:
+        decoder: Changed in place.
+        num_layers_unfrozen: As there.
+    """
+    freeze_weights(decoder, num_layers_unfrozen)
+    keep_frozen_blocks(decoder)
+
+
+def keep_frozen_blocks(decoder: Decoder, branches: int = 0) -> None:
+    """Keeps the work of what lies below the lowest block that trains: frozen blocks, and a frozen encoder.
+
+    Args:
+        decoder: Changed in place.
+        branches: As in :func:`frozen_blocks`.
+    """
+    decoder.trunk = None
+    branch = frozen_blocks(decoder, branches)
+    if branch is not None:
+        assert decoder.blocks is not None
+        _keep_trunk(decoder, Trunk(decoder.blocks.blocks[:branch], decoder.blocks.blocks[branch]))
+
+
+def freeze_weights(decoder: Decoder, num_layers_unfrozen: int) -> None:
+    """Leaves the top blocks and what comes after them to train, less the embeddings, and nothing else.
 
     Args:
         decoder: Changed in place.
@@ -24,7 +47,6 @@ def freeze(decoder: Decoder, num_layers_unfrozen: int) -> None:
         ValueError: If there are fewer blocks, or they were not found.
     """
     if num_layers_unfrozen == -1:
-        keep_frozen_blocks(decoder)
         return
     name = type(decoder.model).__name__
     if decoder.blocks is None:
@@ -42,27 +64,26 @@ def freeze(decoder: Decoder, num_layers_unfrozen: int) -> None:
     for top in decoder.blocks.top(num_layers_unfrozen) if num_layers_unfrozen else ():
         for parameter in decoder.model.get_submodule(top).parameters():
             parameter.requires_grad_(parameter is not embedding and parameter.is_floating_point())
-    keep_frozen_blocks(decoder)
 
 
-def keep_frozen_blocks(decoder: Decoder, branches: int = 0) -> None:
-    """Keeps the work of what lies below the lowest block that trains: frozen blocks, and a frozen encoder.
+def frozen_blocks(decoder: Decoder, branches: int = 0) -> int | None:
+    """How many blocks lie below the lowest one that trains: their work, and that of a frozen encoder, can be kept.
 
     Args:
-        decoder: Changed in place.
+        decoder: Frozen in part or not.
         branches: Of so many top blocks there are copies that train.
+
+    Returns:
+        The number, 0 where only an encoder is frozen; None where there is nothing to keep.
     """
-    decoder.trunk = None
     if decoder.has_encoder and any(parameter.requires_grad for parameter in decoder.model.get_encoder().parameters()):
-        return
+        return None
     blocks = () if decoder.blocks is None else decoder.blocks.blocks
     for branch, block in enumerate(blocks):
-        is_below_copies = branch < len(blocks) - branches
         trains = any(parameter.requires_grad for parameter in decoder.model.get_submodule(block).parameters())
-        if trains or not is_below_copies:
-            if branch > 0 or decoder.has_encoder:
-                _keep_trunk(decoder, Trunk(blocks[:branch], block))
-            return
+        if trains or branch >= len(blocks) - branches:
+            return branch if branch > 0 or decoder.has_encoder else None
+    return None
 
 
 def _keep_trunk(decoder: Decoder, trunk: Trunk) -> None:

@@ -18,7 +18,7 @@ from lightning_rlhf.models.quantization import QuantizationLike, plain_quantizat
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    ModelSource: TypeAlias = str | os.PathLike[str] | PretrainedConfig | PreTrainedModel
+    ModelSource: TypeAlias = PretrainedConfig | PreTrainedModel | str | os.PathLike[str]
 else:
     ModelSource = Any
 

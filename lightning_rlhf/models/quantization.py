@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -84,6 +85,28 @@ def plain_quantization(quantization: QuantizationLike) -> str | dict[str, Any] |
 
 def _plain(value: Any) -> Any:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def quantized_bytes(shape: tuple[int, ...], config: BitsAndBytesConfig) -> int:
+    """Memory that a weight takes once it is rounded.
+
+    Of eight bits there is a scale for every row, of four one for every 64 weights. Double quantisation holds these in
+    eight bits, with a scale for every 256 of them (`QLoRA <https://arxiv.org/abs/2305.14314>`_, section 3).
+
+    Args:
+        shape: Of the weight.
+        config: Of a quantised model.
+
+    Returns:
+        The bytes.
+    """
+    weights, scale = math.prod(shape), 4
+    if config.load_in_8bit:
+        return weights + scale * shape[0]
+    scales = -(-weights // 64)
+    if not config.bnb_4bit_use_double_quant:
+        return -(-weights // 2) + scale * scales
+    return -(-weights // 2) + scales + scale * -(-scales // 256)
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -92,14 +92,39 @@ def make_optimizer(
         ValueError: If it is one of bitsandbytes', and weights are sharded.
     """
     made = _factory(default_optimizer if optimizer is None else optimizer, "optimizer")(groups)
-    if any(cls.__module__.startswith("bitsandbytes.") for cls in type(made).__mro__):
-        if any(hasattr(parameter, "full_tensor") for group in groups for parameter in group["params"]):
-            raise ValueError(
-                f"`optimizer={type(made).__name__}` of bitsandbytes cannot update sharded weights: use "
-                "`torch.optim.AdamW`, whose state is sharded too, or `Trainer(strategy='ddp')`."
-            )
+    if any(hasattr(parameter, "full_tensor") for group in groups for parameter in group["params"]):
+        check_shards(made)
+    if is_bitsandbytes(made):
         _keep_in_32_bits(made, embeddings)
     return made
+
+
+def is_bitsandbytes(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is one of bitsandbytes'; without importing that.
+
+    Args:
+        optimizer: Any.
+
+    Returns:
+        The answer.
+    """
+    return any(cls.__module__.startswith("bitsandbytes.") for cls in type(optimizer).__mro__)
+
+
+def check_shards(optimizer: Optimizer) -> None:
+    """Refuses an optimizer that cannot update sharded weights.
+
+    Args:
+        optimizer: Of weights that are, or are to be, sharded.
+
+    Raises:
+        ValueError: If it is one of bitsandbytes'.
+    """
+    if is_bitsandbytes(optimizer):
+        raise ValueError(
+            f"`optimizer={type(optimizer).__name__}` of bitsandbytes cannot update sharded weights: use "
+            "`torch.optim.AdamW`, whose state is sharded too, or `Trainer(strategy='ddp')`."
+        )
 
 
 def _keep_in_32_bits(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:

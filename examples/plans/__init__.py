@@ -1,0 +1,1 @@
+"""What runs on large models take, planned from their configs."""

@@ -1,0 +1,76 @@
+"""Whole weights and gradients that FSDP2 holds beside the parts, for as long as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from lightning_rlhf.planning.networks import Network
+from lightning_rlhf.planning.placement import Placement
+
+BLOCKS_AT_ONCE = 3
+"""Blocks that are gathered at a time: the one that runs, the next one, and the buffer that this one is copied from."""
+
+
+def whole(network: Network, placement: Placement) -> int:
+    """All weights of a network, as they are held while it writes.
+
+    Args:
+        network: That is sharded or not.
+        placement: Of the run.
+
+    Returns:
+        Bytes beside the parts; 0 where nothing is sharded.
+    """
+    return _weights(network.parameters, placement) if placement.is_sharded else 0
+
+
+def while_running(network: Network, placement: Placement) -> int:
+    """What is whole at a time in a pass: all that lies outside of blocks, and a few blocks.
+
+    Args:
+        network: That is sharded or not.
+        placement: Of the run.
+
+    Returns:
+        Bytes beside the parts; 0 where nothing is sharded.
+    """
+    if not placement.is_sharded:
+        return 0
+    largest = max((_weights(block.parameters(), placement) for block in network.blocks), default=0)
+    root = _weights(network.outside, placement)
+    return root + max(root, BLOCKS_AT_ONCE * largest)  # when the root is gathered it is copied too
+
+
+def exchanged(network: Network, placement: Placement) -> int:
+    """Gradients that are not spread yet: those outside of blocks to the end, and those of a block at a time.
+
+    Each is there as the backward pass makes it, and in the type in which all devices add it up. DDP has a copy of all
+    gradients in its buckets.
+
+    Args:
+        network: That trains.
+        placement: Of the run.
+
+    Returns:
+        Bytes beside the parts; 0 on one device.
+    """
+    if placement.spread == "ddp":
+        return placement.bytes_of(network.trained)
+    if not placement.is_sharded:
+        return 0
+    made, added = _gradients(network.outside, placement)
+    return made + max([added, *(sum(_gradients(block.parameters(), placement)) for block in network.blocks)])
+
+
+def _weights(parameters: Iterable[nn.Parameter], placement: Placement) -> int:
+    unique = {id(p): p for p in parameters}.values()
+    return sum(p.numel() * placement.gathered(p.dtype).itemsize for p in unique)
+
+
+def _gradients(parameters: Iterable[nn.Parameter], placement: Placement) -> tuple[int, int]:
+    """Bytes of the gradients, and of these in the type in which they are added up."""
+    trained = {id(p): p for p in parameters if p.requires_grad}.values()
+    made = sum(p.numel() * placement.gathered(p.dtype).itemsize for p in trained)
+    return made, sum(p.numel() * placement.reduced(p.dtype).itemsize for p in trained)

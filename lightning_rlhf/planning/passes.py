@@ -1,0 +1,250 @@
+"""What the passes of a run hold, found by making each of them on tensors without numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_rlhf.generation.sampling import Sampling, draw
+from lightning_rlhf.models.blocks import instead
+from lightning_rlhf.models.freezing import frozen_blocks
+from lightning_rlhf.models.trunk import Trunk
+from lightning_rlhf.planning.live import Live
+from lightning_rlhf.planning.networks import Classifier, Network
+from lightning_rlhf.planning.paper import (
+    ACTIVATIONS,
+    CACHE,
+    GRADIENTS,
+    LOGITS,
+    HeadOnPaper,
+    SoftmaxOnPaper,
+    hold,
+    longest,
+)
+from lightning_rlhf.planning.placement import Placement
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Texts of a pass, all of the greatest length.
+
+    Attributes:
+        count: How many.
+        prompt: Tokens of a prompt.
+        response: Tokens of a response.
+    """
+
+    count: int
+    prompt: int
+    response: int
+
+    @property
+    def columns(self) -> int:
+        """Tokens that a decoder-only model reads in order to predict a response."""
+        return self.prompt + self.response - 1
+
+
+class Passes:
+    """The passes of one network.
+
+    Args:
+        mode: In which the network was made.
+        network: With the types in which it computes.
+        placement: Of the run.
+    """
+
+    def __init__(self, mode: FakeTensorMode, network: Network, placement: Placement) -> None:
+        self.mode = mode
+        self.network = network
+        self.placement = placement
+        self.decoder = network.decoder
+        self.head: Any = self.decoder.model.get_output_embeddings()
+        self.is_plain = self._is_plain()
+
+    def update(self, rows: Rows, in_forward: bool, in_backward: bool) -> Counter[str]:
+        """Forward and backward pass of a micro-batch.
+
+        Args:
+            rows: Of the micro-batch.
+            in_forward: Whether there are gradients, of an earlier one, during the forward pass.
+            in_backward: Whether these are still there during the backward pass, and added to.
+
+        Returns:
+            Bytes by what they are for, when they are most.
+        """
+        trained = self.network.trained
+        with self._live() as live:
+            hooks = [p.register_post_accumulate_grad_hook(lambda p: live.relabel(p.grad, GRADIENTS)) for p in trained]
+            self._gradients(live, trained, in_forward)
+            self._modes(training=True)
+            with self.placement.autocast():
+                objective = self._forward(live, rows)
+            if not in_backward:
+                self._gradients(live, trained, False)
+            objective.backward()
+            del objective
+            self._gradients(live, trained, False)
+        for hook in hooks:
+            hook.remove()
+        return live.peak
+
+    @torch.no_grad()
+    def scoring(self, rows: Rows) -> Counter[str]:
+        """A forward pass without gradients.
+
+        Args:
+            rows: Of the pass.
+
+        Returns:
+            Bytes by what they are for, when they are most.
+        """
+        with self._live() as live:
+            self._modes(training=False)
+            with self.placement.autocast():
+                self._forward(live, rows)
+        return live.peak
+
+    @torch.no_grad()
+    def rollout(self, rows: Rows, group: int, sampling: Sampling) -> Counter[str]:
+        """Reading of prompts, and the last step of writing, when the cache is longest.
+
+        Args:
+            rows: Prompts of an iteration, and the longest response.
+            group: Responses to each prompt.
+            sampling: How tokens are drawn.
+
+        Returns:
+            Bytes by what they are for, when they are most.
+        """
+        with self._live() as live:
+            self._modes(training=False)
+            with self.placement.autocast():
+                tokens, mask, cache = self._begun(rows)
+                output = self.decoder(tokens, mask, keep=1, cache=cache, use_cache=self.decoder.caches)
+                cache = output.cache
+                read, logits = tokens.shape[1], output.logits[:, 0]
+                del output
+                hold(live, cache)
+                if cache is not None and group > 1:
+                    cache.batch_repeat_interleave(group)
+                    hold(live, cache)
+                logits = logits.repeat_interleave(group, 0)
+                prompts, live.peak = live.peak, live.now.copy()  # from here on a step
+                count, last = rows.count * group, read + rows.response - 1
+                with live.labelled(LOGITS):
+                    draw(logits, torch.zeros(count), sampling)
+                drawing = live.peak[LOGITS]
+                read_again = 1 if getattr(cache, "past", cache) is not None else last
+                tokens = torch.zeros(count, read_again, dtype=torch.long)
+                mask = torch.ones(count, last if read_again > 1 else read + 1, dtype=torch.bool)
+                output = self.decoder(tokens, mask, keep=1, cache=cache, use_cache=self.decoder.caches)
+                hold(live, cache)
+                # Room for more tokens is made in this first step, and is there in the last one.
+                passing = live.peak.total() - live.now.total()
+                del output
+        step = Counter({CACHE: longest(cache, read, last), LOGITS: drawing, ACTIVATIONS: passing})
+        return max(prompts, step, key=Counter.total)
+
+    def trunk_bytes(self, rows: Rows) -> int:
+        """What frozen blocks made of texts, where it can be kept.
+
+        Args:
+            rows: The texts.
+
+        Returns:
+            The bytes; 0 where there are no frozen blocks.
+        """
+        branch = frozen_blocks(self.decoder)
+        if branch is None:
+            return 0
+        assert self.decoder.blocks is not None
+        name = self.decoder.blocks.blocks[branch]
+        watched = Trunk((), name).watched(self.decoder.model)
+        with self.mode, torch.no_grad(), self.placement.autocast(), watched as seen:
+            self.decoder(*self.decoder.sample(), keep=1)
+        prefix = len(getattr(self.decoder, "prefix", ()))
+        return rows.count * (rows.columns + prefix) * seen[-1].shape[-1] * seen[-1].element_size()
+
+    def _forward(self, live: Live, rows: Rows) -> Tensor:
+        """Something that depends on log-probs and values of responses."""
+        begun, mask, cache = self._begun(rows)
+        written = torch.zeros(rows.count, rows.response - 1, dtype=torch.long)
+        tokens = torch.cat([begun, written], dim=1)
+        mask = torch.cat([mask, torch.ones_like(written, dtype=torch.bool)], dim=1)
+
+        def say(states: Tensor) -> Tensor:
+            weight, bias = self.head.weight, self.head.bias
+            if torch.is_autocast_enabled("cpu"):
+                dtype = torch.get_autocast_dtype("cpu")
+                states, weight = states.to(dtype), weight.to(dtype)
+            return HeadOnPaper.apply(states[:, -rows.response :], weight, bias, live)
+
+        with instead(self.head, say) if self.is_plain else nullcontext():
+            output = self.decoder(tokens, mask, rows.response, cache)
+        said = output.logits if self.is_plain else SoftmaxOnPaper.apply(output.logits, live)
+        if self.network.value_head is None:
+            return said.sum()
+        return said.sum() + self.network.value_head(output.states).sum()
+
+    def _begun(self, rows: Rows) -> tuple[Tensor, Tensor, Any]:
+        prompt = torch.zeros(rows.count, rows.prompt, dtype=torch.long)
+        return self.decoder.begin(prompt, torch.ones_like(prompt, dtype=torch.bool))
+
+    def _is_plain(self) -> bool:
+        """Whether logits are the product of states and head, with nothing after it."""
+        seen: list[Tensor] = []
+        hook = self.head.register_forward_hook(lambda *args: seen.append(args[-1]))
+        try:
+            with self.mode, torch.no_grad():
+                logits = self.decoder(*self.decoder.sample(), keep=1).logits
+        finally:
+            hook.remove()
+        is_same = logits.untyped_storage()._cdata == seen[-1].untyped_storage()._cdata and seen[-1]._version == 0
+        return isinstance(self.head, nn.Linear) and is_same
+
+    def _modes(self, training: bool) -> None:
+        for part in self.network.parts.values():
+            part.train(training)
+
+    @contextmanager
+    def _live(self) -> Iterator[Live]:
+        with self.mode, Live(ACTIVATIONS) as live:
+            live.ignore(self.network.tensors)
+            yield live
+
+    @staticmethod
+    def _gradients(live: Live, parameters: list[nn.Parameter], are_there: bool) -> None:
+        with live.labelled(GRADIENTS):
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter) if are_there else None
+
+
+@torch.no_grad()
+def scored(mode: FakeTensorMode, classifier: Classifier, rows: Rows) -> Counter[str]:
+    """A pass of a reward model.
+
+    Args:
+        mode: In which it was made.
+        classifier: The model.
+        rows: Texts that it scores.
+
+    Returns:
+        Bytes by what they are for, when they are most.
+    """
+    model, length = classifier.model, rows.prompt + rows.response
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = length if limit is None or limit <= 0 else min(length, limit)
+    count = min(rows.count, max(1, classifier.reward.batch_tokens // length))
+    model.config.get_text_config().pad_token_id = 0
+    with mode, Live(ACTIVATIONS) as live:
+        live.ignore((*model.parameters(), *model.buffers()))
+        tokens = torch.zeros(count, length, dtype=torch.long)
+        model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    return live.peak

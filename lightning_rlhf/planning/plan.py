@@ -1,0 +1,222 @@
+"""The memory of a run, part by part and phase by phase."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from lightning_rlhf.modules.base import RLHFModule
+from lightning_rlhf.modules.online import OnlineModule
+from lightning_rlhf.planning import gathering
+from lightning_rlhf.planning.networks import Networks
+from lightning_rlhf.planning.paper import ACTIVATIONS, CACHE, GRADIENTS, LOGITS
+from lightning_rlhf.planning.passes import Passes, Rows, scored
+from lightning_rlhf.planning.placement import Placement
+from lightning_rlhf.planning.updates import optimizer_bytes
+
+POLICY, VALUE, REFERENCE, REWARD = "policy", "value head", "reference", "reward model"
+OPTIMIZER, EXCHANGE, GATHERED, TRUNK = "optimizer", "exchange of gradients", "gathered weights", "kept trunk"
+STANDING = (POLICY, VALUE, REFERENCE, REWARD, GRADIENTS, OPTIMIZER)
+PARTS = (*STANDING, EXCHANGE, GATHERED, TRUNK, CACHE, ACTIVATIONS, LOGITS)
+"""What memory is for, in the order of the table."""
+GENERATE, SCORE, BACKWARD, STEP = "generate", "score", "backward", "step"
+"""Phases of an iteration, in their order; an offline module has the last two."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much a run reads and writes at a time, on each device.
+
+    Attributes:
+        batch: Prompts of an iteration; of an offline module rows of a batch.
+        prompt: Tokens of the longest prompt; by default 512, or what the model has room for.
+        response: Tokens of the longest response of an offline module; an online one says it itself.
+        batch_tokens: Tokens of an offline module's batch, where they are counted instead of rows.
+    """
+
+    batch: int
+    prompt: int | None = None
+    response: int = 512
+    batch_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the memory of a device goes.
+
+    Attributes:
+        bytes: By phase, then by part.
+        facts: What the figures rest on, in sentences.
+    """
+
+    bytes: dict[str, Counter[str]]
+    facts: list[str]
+
+    @property
+    def peak(self) -> str:
+        """The phase that takes most."""
+        return max(self.bytes, key=lambda phase: self.bytes[phase].total())
+
+    @property
+    def total(self) -> int:
+        """The most bytes that a device holds at a time."""
+        return self.bytes[self.peak].total()
+
+    @classmethod
+    def of(cls, module: RLHFModule, placement: Placement, sizes: Sizes) -> Plan:
+        """Plans a run.
+
+        Args:
+            module: That has not built its networks.
+            placement: Of the run.
+            sizes: Of its batches.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: If the run would be refused, or a config cannot be read.
+        """
+        networks = Networks.of(module, placement)
+        batches = Batches.of(module, networks, sizes)
+        held, at_once = _held(module, networks, placement)
+        policy = networks.policy
+        standing = {EXCHANGE: gathering.exchanged(policy, placement) if placement.spread == "ddp" else 0}
+        held += Counter(standing)
+        exchange = Counter({EXCHANGE: gathering.exchanged(policy, placement) if placement.is_sharded else 0})
+        whole = Counter({GATHERED: gathering.whole(policy, placement)})
+        running = Counter({GATHERED: gathering.while_running(policy, placement)})
+        compared = networks.reference or policy
+        comparing = Counter({GATHERED: gathering.while_running(compared, placement)})
+        networks.compute_in(placement)
+
+        passes = Passes(networks.mode, policy, placement)
+        phases: dict[str, Counter[str]] = {}
+        trunk: Counter[str] = Counter()
+        if isinstance(module, OnlineModule):
+            trunk = _trunk(passes, batches, module.trunk_gib)
+            rollout = passes.rollout(batches.prompts, module.responses_per_prompt, module.sampling)
+            phases[GENERATE] = held + trunk + whole + rollout
+            scoring = [scored(networks.mode, reward, batches.texts) for reward in networks.rewards]
+            if networks.form or module.corrected.recomputes:
+                comparer = passes if networks.reference is None else Passes(networks.mode, compared, placement)
+                scoring.append(comparer.scoring(batches.micro) + comparing)
+            phases[SCORE] = held + trunk + max(scoring, key=Counter.total, default=Counter())
+            trunk += Counter({TRUNK: passes.trunk_bytes(batches.minibatch) if trunk else 0})  # a copy, in pieces
+        update = passes.update(batches.micro, *batches.finds_gradients(module, placement))
+        before = held.copy()
+        if placement.is_sharded:
+            del update[GRADIENTS]  # as they are made; their parts are held
+        else:
+            del before[GRADIENTS]  # they come one by one, unless they were there before
+        phases[BACKWARD] = before + trunk + running + exchange + update
+        phases[STEP] = held + trunk + Counter({OPTIMIZER: at_once})
+        return cls(phases, batches.facts(module, networks))
+
+
+def _held(module: RLHFModule, networks: Networks, placement: Placement) -> tuple[Counter[str], int]:
+    """What is there from the first update on, and what an optimizer's step takes beside it."""
+    policy = networks.policy
+    state, at_once = optimizer_bytes(networks.mode, module, policy, placement)
+    value_head = () if policy.value_head is None else policy.value_head.parameters()
+    held = {
+        POLICY: policy.bytes(placement),
+        VALUE: placement.bytes_of(value_head),
+        REFERENCE: networks.reference_bytes,
+        REWARD: sum(reward.bytes for reward in networks.rewards),
+        GRADIENTS: placement.bytes_of(policy.trained),
+        OPTIMIZER: state,
+    }
+    return Counter(held), at_once
+
+
+def _trunk(passes: Passes, batches: Batches, limit: float) -> Counter[str]:
+    """What frozen blocks make of an iteration's texts, unless it takes too much memory."""
+    size = passes.trunk_bytes(batches.texts)
+    return Counter({TRUNK: size if size <= limit * 2**30 else 0})
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What the passes of a run read.
+
+    Attributes:
+        prompts: Of an iteration, to be answered.
+        texts: All of an iteration.
+        minibatch: Of an optimizer step.
+        micro: Of a backward pass.
+    """
+
+    prompts: Rows
+    texts: Rows
+    minibatch: Rows
+    micro: Rows
+
+    @classmethod
+    def of(cls, module: RLHFModule, networks: Networks, sizes: Sizes) -> Batches:
+        """Those of a module.
+
+        Args:
+            module: That says how it takes an iteration apart.
+            networks: That limit how long a text may be.
+            sizes: Of its data.
+
+        Returns:
+            The batches.
+
+        Raises:
+            ValueError: If a text would not fit into the model.
+        """
+        is_online = isinstance(module, OnlineModule)
+        response = module.sampling.max_new_tokens if is_online else sizes.response
+        room = networks.policy.decoder.prompt_room(response)
+        prompt = sizes.prompt or (512 if room is None else max(1, min(512, room)))
+        if room is not None and prompt > room:
+            raise ValueError(
+                f"`prompt_tokens={prompt}` and a response of {response} are more than the policy's positions: "
+                f"there is room for a prompt of {room}."
+            )
+        rows = Rows(sizes.batch, prompt, response)
+        if not isinstance(module, OnlineModule):
+            if sizes.batch_tokens is not None:
+                rows = replace(rows, count=max(1, sizes.batch_tokens // (prompt + response)))
+            return cls(rows, rows, rows, rows)
+        texts = replace(rows, count=sizes.batch * module.responses_per_prompt)
+        minibatch = replace(rows, count=min(module.minibatch_size, texts.count))
+        count = module.micro_batch_size or minibatch.count
+        if module.micro_batch_tokens is not None:
+            count = max(1, module.micro_batch_tokens // (prompt + response))
+        return cls(rows, texts, minibatch, replace(rows, count=min(count, minibatch.count)))
+
+    def finds_gradients(self, module: RLHFModule, placement: Placement) -> tuple[bool, bool]:
+        """Whether gradients of an earlier pass are there, in the forward and in the backward pass.
+
+        Args:
+            module: That trains.
+            placement: Of the run.
+
+        Returns:
+            Both. By automatic optimisation Lightning drops gradients between the two.
+        """
+        if isinstance(module, OnlineModule):
+            return (self.micro.count < self.minibatch.count,) * 2
+        return True, placement.accumulates > 1
+
+    def facts(self, module: RLHFModule, networks: Networks) -> list[str]:
+        """What was assumed, in sentences.
+
+        Args:
+            module: That trains.
+            networks: Of the run.
+
+        Returns:
+            The sentences.
+        """
+        micro, length = self.micro, f"{self.micro.prompt} + {self.micro.response} tokens"
+        facts = [
+            f"A backward pass: {micro.count} of {self.minibatch.count} rows, each of {length}, prompt and response."
+        ]
+        if isinstance(module, OnlineModule):
+            facts.append(f"A rollout: {self.texts.count} responses to {self.prompts.count} prompts.")
+            facts.append(f"Reference: {networks.form or 'none'}.")
+        return facts

@@ -1,0 +1,89 @@
+"""What an optimizer holds, found by letting it make a step on tensors without numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+
+from lightning_rlhf.modules.base import RLHFModule
+from lightning_rlhf.modules.optimization import check_shards, is_bitsandbytes, make_optimizer, parameter_groups
+from lightning_rlhf.planning.live import Live
+from lightning_rlhf.planning.networks import Network
+from lightning_rlhf.planning.placement import Placement
+
+STEP = "step"
+
+
+def optimizer_bytes(
+    mode: FakeTensorMode, module: RLHFModule, network: Network, placement: Placement
+) -> tuple[int, int]:
+    """What the module's optimizer takes on a device.
+
+    Args:
+        mode: In which the network was made.
+        module: Says which optimizer, and its groups.
+        network: That trains.
+        placement: Of the run.
+
+    Returns:
+        Bytes of its state, and those that a step takes beside it for a moment.
+
+    Raises:
+        ValueError: If nothing trains, or the optimizer cannot update sharded weights or be planned.
+    """
+    groups = parameter_groups(network.parts, module.learning_rates, module.decay_norms_and_biases)
+    if not groups:
+        raise ValueError(
+            f"`num_layers_unfrozen={module.spec.num_layers_unfrozen}` leaves {type(module).__name__} nothing to train: "
+            "unfreeze a block."
+        )
+    with mode:
+        parts = {id(p): _part(p, placement) for group in groups for p in group["params"]}
+    tables = [table for part in network.parts.values() for table in part.modules() if isinstance(table, nn.Embedding)]
+    embeddings = [parts[id(p)] for table in tables for p in table.parameters() if id(p) in parts]
+    groups = [{**group, "params": [parts[id(p)] for p in group["params"]]} for group in groups]
+    optimizer: Any = make_optimizer(module.optimizer, groups, embeddings)
+    if placement.is_sharded:
+        check_shards(optimizer)
+    if is_bitsandbytes(optimizer):
+        optimizer.fill_qmap()  # which it makes of numbers
+    with mode, Live(STEP) as live:
+        live.ignore(parts.values())
+        live.ignore(p.grad for p in parts.values() if p.grad is not None)
+        if is_bitsandbytes(optimizer):
+            _begin(optimizer)
+        else:
+            _step(optimizer, placement)
+    return live.now[STEP], live.peak[STEP] - live.now[STEP]
+
+
+def _part(parameter: nn.Parameter, placement: Placement) -> nn.Parameter:
+    """What a device has of a parameter, and its gradient."""
+    shape, dtype = placement.part(parameter.shape), placement.held(parameter.dtype)
+    part = nn.Parameter(torch.empty(shape, dtype=dtype))
+    part.grad = torch.empty(shape, dtype=dtype)
+    return part
+
+
+def _begin(optimizer: Any) -> None:
+    """Makes the state, as bitsandbytes does in its first step; its kernels take nothing beside it."""
+    for i, group in enumerate(optimizer.param_groups):
+        for j, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, i, j)
+
+
+def _step(optimizer: Optimizer, placement: Placement) -> None:
+    for group in optimizer.param_groups:
+        if placement.is_gpu and group.get("foreach", True) is None and not group.get("fused"):
+            group["foreach"] = True  # which is what torch chooses there
+    try:
+        optimizer.step()
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"`optimizer={type(optimizer).__name__}` looks at numbers, of which there are none: plan with "
+            "`torch.optim.AdamW`, and add what it takes beyond that."
+        ) from error

@@ -1,0 +1,176 @@
+"""`lightning-rlhf plan`: from a YAML to a table and a verdict."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import memory
+from lightning_rlhf.cli import main
+from lightning_rlhf.planning.command import Asked
+from lightning_rlhf.planning.placement import Placement
+from lightning_rlhf.planning.plan import Plan, Sizes
+from lightning_rlhf.planning.report import advice, fits
+from tests.networks import tiny_gpt2
+from tests.training import module_of, sft
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "plans"
+SCORE = "lightning_rlhf.examples.randomwalks.parts.score"
+RUN = {
+    "trainer": {"accelerator": "gpu", "devices": 4, "strategy": "rlhf_fsdp2"},
+    "model": {
+        "class_path": "PPOModule",
+        "init_args": {"policy": "policy", "reward": SCORE, "sampling": {"max_new_tokens": 8}, "minibatch_size": 4},
+    },
+    "data": {"class_path": "PromptDataModule", "init_args": {"prompts": "none.jsonl", "batch_size": 4}},
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_gpt2().save_pretrained("policy")  # a config alone
+    Path("run.yaml").write_text(yaml.safe_dump(RUN))
+
+
+def printed(capsys, *more):
+    main(["plan", "--config", "run.yaml", *more])
+    return capsys.readouterr().out
+
+
+def complaint(capsys, *more):
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "--config", "run.yaml", *more])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def numbers(line):
+    return [float(number) for number in re.findall(r"\d+\.\d+", line)]
+
+
+def test_a_run_is_planned_without_its_weights_its_data_or_its_devices(capsys):
+    out = printed(capsys, "--memory", "80")
+    assert "Fits: 0.0 of 80 GiB on each of 4 devices" in out
+    assert "A backward pass: 4 of 4 rows, each of 56 + 8 tokens" in out  # a tiny model has 64 positions
+    assert "A rollout: 4 responses to 4 prompts." in out
+    assert "Reference: a full copy." in out
+
+
+def test_the_verdict_depends_on_memory_and_the_parts_add_up(capsys):
+    wide = ["--model.policy", json.dumps({"class_path": "transformers.GPT2Config"})]
+    out = printed(capsys, *wide, "--memory", "3", "--prompt_tokens", "100")
+    lines = [line for line in out.splitlines() if line.startswith("│")]
+    *parts, together = [numbers(line) for line in lines]
+    assert len(together) == 4
+    reported = max(together)
+    more, less = (printed(capsys, *wide, "--prompt_tokens", "100", "--memory", str(reported + d)) for d in (0.1, -0.1))
+    assert "Fits" in more
+    assert "Does NOT fit" in less
+    assert "What would help:" in less
+    assert "What would help:" not in more
+    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in lines}
+    for phase in range(4):
+        added = sum(float(cells[phase]) for name, cells in rows.items() if name != "together" and cells[phase].strip())
+        assert added == pytest.approx(float(rows["together"][phase]), abs=0.005 * len(rows))
+
+
+def test_what_fit_reads_plan_reads(capsys):
+    assert "on the device" in printed(capsys, "--trainer.devices", "1", "--trainer.strategy", "auto")
+    assert "on each of 2 devices" in printed(capsys, "--devices", "2")
+    assert "A backward pass: 1 of 2 rows" in printed(
+        capsys, "--model.minibatch_size", "2", "--model.micro_batch_size", "1"
+    )
+    assert "A rollout: 12 responses to 6 prompts" in printed(
+        capsys, "--data.batch_size", "6", "--model.responses_per_prompt", "2"
+    )
+
+
+def test_an_offline_module_is_planned_too(capsys):
+    run = {
+        "trainer": {"devices": 1},
+        "model": {"class_path": "SFTModule", "init_args": {"policy": {"model": "policy", "num_layers_unfrozen": 1}}},
+        "data": {"class_path": "ConversationDataModule", "init_args": {"batch_tokens": 100}},
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(run))
+    out = printed(capsys, "--prompt_tokens", "10", "--response_tokens", "15")
+    assert "A backward pass: 4 of 4 rows, each of 10 + 15 tokens" in out
+    assert "generate" not in out
+
+
+def test_a_datamodule_of_one_s_own_says_how_large_its_batches_are(capsys):
+    starts = ["--data", "lightning_rlhf.examples.randomwalks.parts.Starts", "--data.prompts", "7"]
+    assert "A rollout: 7 responses to 7 prompts" in printed(capsys, *starts)
+
+
+def test_what_is_wrong_names_file_and_field(capsys):
+    assert "run.yaml: `trainer.precision='transformer-engine'`" in complaint(
+        capsys, "--trainer.precision", "transformer-engine"
+    )
+    assert "run.yaml: `policy='./none'` looks like a folder" in complaint(capsys, "--model.policy", "./none")
+    Path("empty").mkdir()
+    assert "run.yaml: `policy='./empty'` has no config" in complaint(capsys, "--model.policy", "./empty")
+    assert "run.yaml: `memory=-1.0` must be positive" in complaint(capsys, "--memory", "-1")
+    assert "run.yaml: `prompt_tokens=90` and a response of 8" in complaint(capsys, "--prompt_tokens", "90")
+    assert "`minibatch_sise` is no argument of PPOModule" in complaint(capsys, "--model.minibatch_sise", "3")
+    run = {key: section for key, section in RUN.items() if key != "data"}
+    Path("run.yaml").write_text(yaml.safe_dump(run))
+    assert "run.yaml: `data` is missing" in complaint(capsys)
+
+
+@pytest.mark.parametrize("name", ["devices", "memory", "prompt_tokens", "response_tokens"])
+def test_nothing_is_planned_for_less_than_nothing(name):
+    with pytest.raises(ValueError, match=f"`{name}=0` must be positive"):
+        Asked(**{name: 0})
+
+
+def test_advice_is_about_what_is_large_and_is_not_done_yet():
+    def told(placement, **arguments):
+        module = module_of_large(**arguments)
+        return " ".join(advice(Plan.of(module, placement, Sizes(batch=4)), module, placement))
+
+    one, sharded = Placement(8, "ddp"), Placement(8, "sharded")
+    assert "rlhf_fsdp2" in told(one)
+    assert "AdamW8bit" in told(one)
+    assert "rlhf_fsdp2" not in told(sharded)
+    assert "The whole policy is on every device while it writes" in told(sharded)
+    module = sft(tiny_gpt2(n_positions=1024), optimizer=None)
+    rows = " ".join(advice(Plan.of(module, Placement(), Sizes(batch=64)), module, Placement()))
+    assert "gradient_checkpointing" in rows
+    assert "accumulate_grad_batches" in rows
+
+
+def module_of_large(**arguments):
+    from lightning_rlhf import PPOModule
+
+    return module_of(PPOModule, tiny_gpt2(width=256, n_positions=1024), optimizer=None, micro_batch_size=1, **arguments)
+
+
+# The numbers of parameters that are published.
+@pytest.mark.parametrize(
+    ("name", "parameters", "fit"), [("llama-70b", 70_553_706_496, False), ("gpt-neox-20b", 20_554_567_680, True)]
+)
+@pytest.mark.slow
+def test_models_that_fit_nowhere_here_are_planned_in_seconds(name, parameters, fit, capsys):
+    from lightning_rlhf.cli import RLHFCLI
+
+    plan = RLHFCLI(["plan", "--config", str(EXAMPLES / f"{name}.yaml"), "--devices", "8", "--memory", "80"]).plan
+    assert plan.bytes["step"]["policy"] == pytest.approx(4 * parameters / 8, rel=1e-3)
+    assert fits(plan, 80) == fit
+    assert ("Fits" if fit else "Does NOT fit") in capsys.readouterr().out
+
+
+# --- beside what is measured ------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_says_what_was_measured_beside_the_plan():
+    line = memory.line_of("full", {"gib": 2.0, "trained": 124e6}, 1.5)
+    assert dict(zip(memory.HEADINGS, line, strict=True)) == {
+        "trained": "full",
+        "weights that train": "124.0 M",
+        "measured, GiB": "2.00",
+        "planned, GiB": "1.50",
+        "planned / measured": "0.75",
+    }

@@ -1,0 +1,410 @@
+"""A plan counts what a module holds once it is built, and what its passes and updates hold once they run."""
+
+import functools
+
+import bitsandbytes
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from lightning_rlhf import GRPOModule, ModelSpec, PPOModule, RewardModel
+from lightning_rlhf.batches import ImitationBatch
+from lightning_rlhf.modules.optimization import make_optimizer
+from lightning_rlhf.planning.live import Live
+from lightning_rlhf.planning.networks import Networks
+from lightning_rlhf.planning.paper import ACTIVATIONS, CACHE, GRADIENTS
+from lightning_rlhf.planning.passes import Passes, Rows
+from lightning_rlhf.planning.placement import Placement
+from lightning_rlhf.planning.plan import (
+    BACKWARD,
+    EXCHANGE,
+    GATHERED,
+    GENERATE,
+    OPTIMIZER,
+    POLICY,
+    REFERENCE,
+    REWARD,
+    SCORE,
+    STEP,
+    TRUNK,
+    VALUE,
+    Plan,
+    Sizes,
+)
+from tests.networks import ARCHITECTURES, ENCODER_DECODERS, VOCABULARY, deep, network, tiny_gpt2, word_tokenizer
+from tests.training import module_of, sft
+
+ONE = Placement(is_gpu=False)
+SIZES = Sizes(batch=3, prompt=5)
+LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
+SOME = ("gpt2", "gpt_neox", "gptj", "llama", "qwen3", "gemma", "opt", "bloom")
+
+
+def size(tensors):
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+def everything(module):
+    return [*module.parameters(), *module.buffers()]
+
+
+def build(module):
+    module.configure_model()
+    return module
+
+
+def optimizer_of(module):
+    embeddings = [p for part in module.modules() if isinstance(part, torch.nn.Embedding) for p in part.parameters()]
+    return make_optimizer(module.optimizer, module.parameter_groups(), embeddings)
+
+
+def check_against_built(module, placement=ONE):
+    """The standing parts of a plan are those of the module once it is built, and of its optimizer after a step."""
+    held = Plan.of(module, placement, SIZES).bytes[STEP]
+    policy = build(module).policy
+    head = policy.value_head
+    reference = module.reference
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    assert held[POLICY] == size(everything(policy.decoder))
+    assert held[VALUE] == (0 if head is None else size(everything(head)))
+    assert held[GRADIENTS] == size(trained)
+    copies = [] if reference is None else list(reference.network.parameters())
+    shared = {id(t) for t in everything(policy)}
+    buffers = [] if reference is None else list(reference.network.buffers())
+    assert held[REFERENCE] == size([t for t in [*copies, *buffers] if id(t) not in shared])
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = optimizer_of(module)
+    optimizer.step()
+    state = [
+        value for values in optimizer.state.values() for value in values.values() if isinstance(value, torch.Tensor)
+    ]
+    assert held[OPTIMIZER] == pytest.approx(size(state), abs=0.01 * size(state))
+    return held
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("layers", [-1, 1])
+def test_weights_gradients_reference_and_state_are_those_of_the_module_that_is_built(name, layers):
+    spec = ModelSpec(deep(name), num_layers_unfrozen=layers)
+    check_against_built(module_of(PPOModule, spec, optimizer=None))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("layers", [-1, 1])
+def test_so_are_those_of_encoder_decoders(name, layers):
+    spec = ModelSpec(ENCODER_DECODERS[name](), num_layers_unfrozen=layers)
+    check_against_built(module_of(PPOModule, spec, optimizer=None))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_an_adapter_trains_alone_and_its_reference_takes_nothing(name):
+    config = {**ARCHITECTURES, **ENCODER_DECODERS}[name]()
+    held = check_against_built(module_of(PPOModule, ModelSpec(config, adapter=LORA), optimizer=None))
+    assert held[REFERENCE] == 0
+    assert held[GRADIENTS] < held[POLICY] / 2
+
+
+def test_nothing_is_compared_where_divergence_has_no_price():
+    assert check_against_built(module_of(GRPOModule, tiny_gpt2(), kl_coef=0.0, group_size=2))[REFERENCE] == 0
+
+
+def test_a_named_reference_and_a_reward_model_count_by_themselves(tmp_path):
+    small = tiny_gpt2(width=8)
+    network(small).save_pretrained(tmp_path / "reference")
+    bert = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=1,
+    )
+    classifier = BertForSequenceClassification(bert)
+    classifier.save_pretrained(tmp_path / "reward")
+    for folder in ("reference", "reward"):
+        word_tokenizer().save_pretrained(tmp_path / folder)
+    rewards = [RewardModel(tmp_path / "reward"), RewardModel(tmp_path / "reward", device="cpu", name="elsewhere")]
+    module = module_of(PPOModule, reference=str(tmp_path / "reference"), reward=rewards)
+    plan = Plan.of(module, ONE, SIZES)
+    assert plan.bytes[STEP][REWARD] == size(everything(classifier))
+    assert plan.bytes[STEP][REFERENCE] == size(everything(network(small)))
+    assert plan.bytes[SCORE][ACTIVATIONS] > 0
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4-dq", "int8"])
+def test_rounded_weights_take_what_bitsandbytes_makes_of_them(quantization, tmp_path):
+    config = ARCHITECTURES["llama"](hidden_size=64, intermediate_size=128)
+    network(config).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    spec = ModelSpec(tmp_path, quantization=quantization, adapter=LORA)
+    module = module_of(PPOModule, spec, tokenizer=None)
+    planned = Plan.of(module, ONE, SIZES).bytes[STEP]
+    build(module)
+    held = 0
+    for parameter in module.policy.decoder.parameters():
+        held += parameter.numel() * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            held += size([state.absmax]) + (size([state.state2.absmax]) if state.nested else 0)
+    for layer in module.policy.decoder.modules():
+        if hasattr(layer, "state"):
+            scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+            held += size([scales])
+    assert planned[POLICY] == pytest.approx(held + size(module.policy.decoder.buffers()), rel=0.01)
+    trained = [p for p in module.policy.parameters() if p.requires_grad]
+    assert planned[GRADIENTS] == size(trained)
+
+
+def test_eight_bit_state_is_what_bitsandbytes_makes():
+    module = module_of(
+        PPOModule, tiny_gpt2(width=64), optimizer=functools.partial(bitsandbytes.optim.AdamW8bit, lr=1e-3)
+    )
+    planned = Plan.of(module, ONE, SIZES).bytes[STEP]
+    optimizer = optimizer_of(build(module))
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    names = ("state1", "state2", "absmax1", "absmax2")
+    state = [values[name] for values in optimizer.state.values() for name in names if name in values]
+    assert planned[OPTIMIZER] == pytest.approx(size(state), rel=0.01)
+    assert any(tensor.dtype == torch.uint8 for tensor in state)
+
+
+# --- passes -----------------------------------------------------------------------------------------------------------
+
+
+def batch_of(rows, prompt, response):
+    def tokens(width):
+        return torch.arange(rows * width).view(rows, width) % VOCABULARY
+
+    prompts, responses = tokens(prompt), tokens(response)
+    is_prompt = torch.ones_like(prompts, dtype=torch.bool)
+    is_prompt[0, 0] = False  # without any padding there is no mask either
+    return ImitationBatch(
+        prompt_tokens=prompts,
+        prompt_mask=is_prompt,
+        response_tokens=responses,
+        response_mask=torch.ones_like(responses, dtype=torch.bool),
+    )
+
+
+def real_pass(module, rows):
+    """The peak of a pass of the module itself, with numbers."""
+    policy = build(module).policy.train()
+    batch = batch_of(rows.count, rows.prompt, rows.response)
+    with Live("all") as live:
+        live.ignore(everything(policy))
+        output = policy(batch)
+        loss = output.logprobs.sum() + (0 if output.values is None else output.values.sum())
+        del output
+        loss.backward()
+    return live.peak.total()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama", "opt", "gemma", "gemma2", "t5", "bart"])
+@pytest.mark.parametrize("more", [{}, {"num_layers_unfrozen": 1}, {"adapter": LORA}, {"gradient_checkpointing": True}])
+def test_a_training_pass_holds_what_it_does_with_numbers(name, more):
+    build_config = deep if name in ARCHITECTURES else lambda name: ENCODER_DECODERS[name]()
+    rows = Rows(count=6, prompt=20, response=24)
+    module = module_of(PPOModule, ModelSpec(build_config(name), **more))
+    networks = Networks.of(module, ONE)
+    planned = Passes(networks.mode, networks.policy, ONE).update(rows, in_forward=False, in_backward=False)
+    assert planned.total() == pytest.approx(real_pass(module, rows), rel=0.15)
+    assert planned[ACTIVATIONS] > 0
+
+
+def test_gradients_that_are_there_already_come_on_top():
+    rows = Rows(count=2, prompt=8, response=8)
+
+    def peak(in_forward, in_backward):
+        networks = Networks.of(module_of(PPOModule), ONE)
+        return Passes(networks.mode, networks.policy, ONE).update(rows, in_forward, in_backward)
+
+    whole = size(p for p in build(module_of(PPOModule)).policy.parameters())
+    assert peak(True, True)[GRADIENTS] >= whole
+    assert peak(False, False)[GRADIENTS] < whole
+    assert peak(True, True).total() > peak(True, False).total() > peak(False, False).total()
+
+
+def test_activations_computed_again_are_not_held():
+    rows = Rows(count=8, prompt=20, response=20)
+
+    def activations(recomputes):
+        spec = ModelSpec(tiny_gpt2(layers=6), gradient_checkpointing=recomputes)
+        networks = Networks.of(module_of(PPOModule, spec), ONE)
+        return Passes(networks.mode, networks.policy, ONE).update(rows, False, False)[ACTIVATIONS]
+
+    assert activations(True) < 0.5 * activations(False)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "t5"])
+@pytest.mark.parametrize("group", [1, 3])
+def test_the_cache_is_as_long_as_it_gets(name, group):
+    config = {**ARCHITECTURES, **ENCODER_DECODERS}[name]()
+    module = module_of(GRPOModule, config, sampling={"max_new_tokens": 9}, group_size=max(2, group))
+    networks = Networks.of(module, ONE)
+    rows = Rows(count=2, prompt=10, response=9)
+    found = Passes(networks.mode, networks.policy, ONE).rollout(rows, group, module.sampling)
+    policy = build(module).policy.eval()
+    tokens, mask, cache = policy.begin(torch.zeros(2, 10, dtype=torch.long), torch.ones(2, 10, dtype=torch.bool))
+    step = policy.next_token(tokens, mask, cache)
+    step = step.repeated(group)
+    mask = mask.repeat_interleave(group, 0)
+    for _ in range(8):
+        mask = torch.cat([mask, torch.ones(2 * group, 1, dtype=torch.bool)], dim=1)
+        step = policy.next_token(torch.zeros(2 * group, 1, dtype=torch.long), mask, step.cache)
+    assert found[CACHE] == held_by(step.cache)
+
+
+def held_by(cache):
+    """Bytes of the storages of a cache."""
+    past = getattr(cache, "past", cache)
+    halves = (getattr(past, "self_attention_cache", past), getattr(past, "cross_attention_cache", None))
+    tensors = [
+        value for half in halves if half is not None for layer in half.layers for value in (layer.keys, layer.values)
+    ]
+    tensors += [cache.states] if hasattr(cache, "states") else []
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+# --- how it is put together -------------------------------------------------------------------------------------------
+
+
+def test_phases_hold_what_is_there_in_them():
+    module = module_of(PPOModule, ModelSpec(deep("gpt2"), num_layers_unfrozen=1), micro_batch_size=1, minibatch_size=2)
+    plan = Plan.of(module, ONE, SIZES)
+    assert list(plan.bytes) == [GENERATE, SCORE, BACKWARD, STEP]
+    assert plan.total == max(held.total() for held in plan.bytes.values()) == plan.bytes[plan.peak].total()
+    for part in (POLICY, VALUE, REFERENCE, OPTIMIZER):
+        assert len({held[part] for phase, held in plan.bytes.items() if (part, phase) != (OPTIMIZER, STEP)}) == 1
+    assert plan.bytes[GENERATE][CACHE] > 0
+    assert plan.bytes[BACKWARD][CACHE] == 0
+    # Three texts of 5 + 6 - 1 positions and 16 channels, and a copy of the minibatch's two.
+    assert plan.bytes[GENERATE][TRUNK] == 3 * 10 * 16 * 4
+    assert plan.bytes[BACKWARD][TRUNK] == 5 * 10 * 16 * 4
+    module.trunk_gib = 0.0
+    assert Plan.of(module, ONE, SIZES).bytes[GENERATE][TRUNK] == 0
+
+
+def test_an_offline_module_only_learns():
+    plan = Plan.of(sft(optimizer=None), ONE, Sizes(batch=4, prompt=5, response=7))
+    assert list(plan.bytes) == [BACKWARD, STEP]
+    by_tokens = Plan.of(sft(optimizer=None), ONE, Sizes(batch=1, prompt=5, response=7, batch_tokens=4 * 12))
+    assert by_tokens.bytes[BACKWARD] == plan.bytes[BACKWARD]
+
+
+def test_every_device_has_everything_under_ddp_and_a_part_when_sharded():
+    def held(**placement):
+        module = module_of(PPOModule, tiny_gpt2(), optimizer=None)
+        return Plan.of(module, Placement(is_gpu=False, **placement), SIZES).bytes
+
+    one, ddp, sharded = held(), held(devices=4, spread="ddp"), held(devices=4, spread="sharded")
+    parameters = list(build(module_of(PPOModule, tiny_gpt2())).policy.decoder.parameters())
+    buffers = list(build(module_of(PPOModule, tiny_gpt2())).policy.decoder.buffers())
+    parts = sum(-(-len(p) // 4) * p[0].numel() * 4 for p in parameters)
+    assert ddp[STEP][EXCHANGE] == one[STEP][GRADIENTS]
+    assert {part: n for part, n in ddp[STEP].items() if part != EXCHANGE} == dict(one[STEP])
+    assert sharded[STEP][POLICY] == parts + size(buffers)
+    assert sharded[STEP][OPTIMIZER] == pytest.approx(one[STEP][OPTIMIZER] / 4, rel=0.1)
+    assert sharded[GENERATE][GATHERED] == size(build(module_of(PPOModule, tiny_gpt2())).policy.parameters())
+    assert 0 < sharded[BACKWARD][GATHERED] < 2 * sharded[GENERATE][GATHERED]
+
+
+def test_half_precision_halves_what_it_is_of():
+    def held(precision, **more):
+        module = module_of(PPOModule, tiny_gpt2(width=64), optimizer=None)
+        return Plan.of(module, Placement(precision=precision, is_gpu=False, **more), SIZES).bytes
+
+    single, half, mixed = held("32-true"), held("bf16-true"), held("bf16-mixed")
+    buffers = size(build(module_of(PPOModule, tiny_gpt2(width=64))).policy.decoder.buffers())
+    assert half[STEP][POLICY] - buffers == (single[STEP][POLICY] - buffers) // 2
+    assert half[STEP][GRADIENTS] == single[STEP][GRADIENTS] // 2
+    assert mixed[STEP][POLICY] == single[STEP][POLICY]
+    whole, gathered = (
+        held(precision, devices=2, spread="sharded")[GENERATE][GATHERED] for precision in ("32-true", "bf16-mixed")
+    )
+    assert gathered == whole // 2
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"devices": "auto"}, "`trainer.devices='auto'` does not say how many"),
+        ({"devices": -1}, "`trainer.devices=-1` does not say how many"),
+        ({"devices": 2, "strategy": "fsdp"}, "is FSDP1"),
+        ({"devices": 2, "strategy": {"class_path": "lightning.pytorch.strategies.FSDPStrategy"}}, "is FSDP1"),
+        ({"devices": 2, "strategy": "deepspeed"}, "`trainer.strategy='deepspeed'` cannot be planned: use 'auto'"),
+        ({"devices": 1, "precision": "nf4"}, "`trainer.precision='nf4'` is none that can be planned"),
+        ({"devices": 2, "precision": "bf16-true", "strategy": "rlhf_fsdp2"}, "use '32-true' or 'bf16-mixed'"),
+    ],
+)
+def test_a_trainer_that_cannot_be_planned_is_refused(trainer, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        Placement.of(trainer)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "placement"),
+    [
+        ({"devices": 1}, Placement()),
+        ({"devices": 2, "num_nodes": 3, "precision": "bf16"}, Placement(6, "ddp", "bf16-mixed")),
+        ({"devices": [0, 3], "strategy": "ddp_spawn", "precision": 16}, Placement(2, "ddp", "16-mixed")),
+        ({"devices": 1, "strategy": "ddp", "accelerator": "cpu"}, Placement(1, "ddp", is_gpu=False)),
+        (
+            {"devices": 4, "strategy": {"class_path": "lightning_rlhf.strategies.fsdp2.RLHFStrategy"}},
+            Placement(4, "sharded"),
+        ),
+        ({"devices": 1, "accumulate_grad_batches": 3}, Placement(accumulates=3)),
+    ],
+)
+def test_a_trainer_s_section_is_read_as_lightning_reads_it(trainer, placement):
+    assert Placement.of(trainer) == placement
+
+
+def test_more_devices_can_be_asked_for_than_the_configuration_has():
+    assert Placement.of({"devices": "auto", "strategy": "rlhf_fsdp2"}, 8) == Placement(8, "sharded")
+    with pytest.raises(ValueError, match="`devices=0` must be at least 1"):
+        Placement.of({}, 0)
+
+
+def test_what_could_not_run_is_not_planned(tmp_path):
+    sharded = Placement(2, "sharded", is_gpu=False)
+    eight_bits = module_of(PPOModule, optimizer=functools.partial(bitsandbytes.optim.AdamW8bit, lr=1e-3))
+    with pytest.raises(ValueError, match="`optimizer=AdamW8bit` of bitsandbytes cannot update sharded weights"):
+        Plan.of(eight_bits, sharded, SIZES)
+    network(tiny_gpt2()).save_pretrained(tmp_path)
+    rounded = ModelSpec(tmp_path, quantization="nf4", adapter=LORA)
+    with pytest.raises(ValueError, match="`quantization='nf4'` cannot be sharded"):
+        Plan.of(module_of(PPOModule, rounded), sharded, SIZES)
+    with pytest.raises(ValueError, match="leaves the policy nothing to train"):
+        Plan.of(module_of(PPOModule, ModelSpec(tmp_path, quantization="nf4")), ONE, SIZES)
+    with pytest.raises(ValueError, match=r"`prompt_tokens=60` and a response of 6 .* room for a prompt of 58"):
+        Plan.of(module_of(PPOModule), ONE, Sizes(batch=3, prompt=60))
+    with pytest.raises(ValueError, match="`num_layers_unfrozen=9` is more than the 2 blocks"):
+        Plan.of(module_of(PPOModule, ModelSpec(tiny_gpt2(), num_layers_unfrozen=9)), ONE, SIZES)
+    with pytest.raises(ValueError, match="`policy='[^']*none'` looks like a folder, and there is none"):
+        Plan.of(module_of(PPOModule, str(tmp_path / "none")), ONE, SIZES)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="`policy='[^']*empty'` has no config that can be read"):
+        Plan.of(module_of(PPOModule, str(tmp_path / "empty")), ONE, SIZES)
+
+
+def test_an_optimizer_that_looks_at_numbers_is_refused():
+    class Looks(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                assert bool((group["params"][0].grad == 0).all())
+
+    with pytest.raises(ValueError, match="`optimizer=Looks` looks at numbers"):
+        Plan.of(module_of(PPOModule, optimizer=functools.partial(Looks, lr=0.1)), ONE, SIZES)
+
+
+def test_a_plan_reads_no_weights_and_builds_nothing(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)  # a config alone
+    module = module_of(PPOModule, str(tmp_path))
+    assert Plan.of(module, ONE, SIZES).total > 0
+    assert not module.is_built
