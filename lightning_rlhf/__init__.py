@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_rlhf.data.conversations import ConversationDataModule
+    from lightning_rlhf.data.preferences import PreferenceDataModule
     from lightning_rlhf.data.prompts import PromptDataModule
     from lightning_rlhf.generation.sampling import Sampling
     from lightning_rlhf.models.loading import ModelSpec
@@ -24,6 +25,7 @@ _HOMES = {
     "GRPOModule": "lightning_rlhf.modules.grpo",
     "ModelSpec": "lightning_rlhf.models.loading",
     "PPOModule": "lightning_rlhf.modules.ppo",
+    "PreferenceDataModule": "lightning_rlhf.data.preferences",
     "PromptDataModule": "lightning_rlhf.data.prompts",
     "RewardModel": "lightning_rlhf.rewards.model",
     "SFTModule": "lightning_rlhf.modules.sft",
@@ -36,6 +38,7 @@ __all__ = [
     "GRPOModule",
     "ModelSpec",
     "PPOModule",
+    "PreferenceDataModule",
     "PromptDataModule",
     "RewardModel",
     "SFTModule",
