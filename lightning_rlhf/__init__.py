@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_rlhf.models.loading import ModelSpec
     from lightning_rlhf.modules.grpo import GRPOModule
     from lightning_rlhf.modules.ppo import PPOModule
+    from lightning_rlhf.modules.reward import RewardModule
     from lightning_rlhf.modules.sft import SFTModule
     from lightning_rlhf.rewards.dense import DenseReward
     from lightning_rlhf.rewards.model import RewardModel
@@ -28,6 +29,7 @@ _HOMES = {
     "PreferenceDataModule": "lightning_rlhf.data.preferences",
     "PromptDataModule": "lightning_rlhf.data.prompts",
     "RewardModel": "lightning_rlhf.rewards.model",
+    "RewardModule": "lightning_rlhf.modules.reward",
     "SFTModule": "lightning_rlhf.modules.sft",
     "Sampling": "lightning_rlhf.generation.sampling",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "PreferenceDataModule",
     "PromptDataModule",
     "RewardModel",
+    "RewardModule",
     "SFTModule",
     "Sampling",
 ]

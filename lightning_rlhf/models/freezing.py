@@ -12,9 +12,18 @@ from lightning_rlhf.models.trunk import Trunk
 
 
 def freeze(decoder: Decoder, num_layers_unfrozen: int) -> None:
-    """Leaves the top blocks and what comes after them to train, less the embeddings, and nothing else.
+    """Leaves the top blocks to train, as :func:`freeze_weights` does, and keeps the work of what lies below them.
 
-    The work of what lies below everything that trains is kept from then on.
+    Args:
+        decoder: Changed in place.
+        num_layers_unfrozen: As there.
+    """
+    freeze_weights(decoder, num_layers_unfrozen)
+    _keep_frozen_blocks(decoder)
+
+
+def freeze_weights(decoder: Decoder, num_layers_unfrozen: int) -> None:
+    """Leaves the top blocks and what comes after them to train, less the embeddings, and nothing else.
 
     Args:
         decoder: Changed in place.
@@ -24,7 +33,6 @@ def freeze(decoder: Decoder, num_layers_unfrozen: int) -> None:
         ValueError: If there are fewer blocks, or they were not found.
     """
     if num_layers_unfrozen == -1:
-        _keep_frozen_blocks(decoder)
         return
     name = type(decoder.model).__name__
     if decoder.blocks is None:
@@ -42,7 +50,6 @@ def freeze(decoder: Decoder, num_layers_unfrozen: int) -> None:
     for top in decoder.blocks.top(num_layers_unfrozen) if num_layers_unfrozen else ():
         for parameter in decoder.model.get_submodule(top).parameters():
             parameter.requires_grad_(parameter is not embedding and parameter.is_floating_point())
-    _keep_frozen_blocks(decoder)
 
 
 def _keep_frozen_blocks(decoder: Decoder) -> None:

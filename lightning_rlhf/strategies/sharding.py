@@ -65,7 +65,8 @@ def shard(policy: Policy, reference: Reference | None, mesh: DeviceMesh, precisi
     # What is in no block is needed to the end of a forward pass, and at once when the backward pass begins.
     _shard(policy, options, reshard_root=False)
     for method in ("begin", "next_token"):
-        register_fsdp_forward_method(policy, method)
+        if hasattr(policy, method):  # a reward model writes nothing
+            register_fsdp_forward_method(policy, method)
     for name, parameter in policy.named_parameters():
         if not isinstance(parameter, DTensor) or parameter.is_meta:
             raise RuntimeError(f"{name} was not sharded: processes would drift apart without a word.")
