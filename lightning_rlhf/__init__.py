@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_rlhf.data.conversations import ConversationDataModule
+    from lightning_rlhf.data.preferences import PreferenceDataModule
     from lightning_rlhf.data.prompts import PromptDataModule
     from lightning_rlhf.generation.sampling import Sampling
     from lightning_rlhf.models.loading import ModelSpec
     from lightning_rlhf.modules.grpo import GRPOModule
     from lightning_rlhf.modules.ppo import PPOModule
+    from lightning_rlhf.modules.reward import RewardModule
     from lightning_rlhf.modules.sft import SFTModule
     from lightning_rlhf.rewards.dense import DenseReward
     from lightning_rlhf.rewards.model import RewardModel
@@ -24,8 +26,10 @@ _HOMES = {
     "GRPOModule": "lightning_rlhf.modules.grpo",
     "ModelSpec": "lightning_rlhf.models.loading",
     "PPOModule": "lightning_rlhf.modules.ppo",
+    "PreferenceDataModule": "lightning_rlhf.data.preferences",
     "PromptDataModule": "lightning_rlhf.data.prompts",
     "RewardModel": "lightning_rlhf.rewards.model",
+    "RewardModule": "lightning_rlhf.modules.reward",
     "SFTModule": "lightning_rlhf.modules.sft",
     "Sampling": "lightning_rlhf.generation.sampling",
 }
@@ -36,8 +40,10 @@ __all__ = [
     "GRPOModule",
     "ModelSpec",
     "PPOModule",
+    "PreferenceDataModule",
     "PromptDataModule",
     "RewardModel",
+    "RewardModule",
     "SFTModule",
     "Sampling",
 ]

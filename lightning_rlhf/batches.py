@@ -1,4 +1,4 @@
-"""What travels between the rooms: prompts, rollouts, scores, experience, and rows to imitate."""
+"""What travels between the rooms: prompts, rollouts, scores, experience, rows to imitate, and comparisons."""
 
 from __future__ import annotations
 
@@ -184,3 +184,44 @@ class ImitationBatch(Batch):
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class PreferenceBatch(Batch):
+    """Responses to prompts, and which of them were judged better: two each, or a ranking of more.
+
+    Attributes:
+        prompt_tokens: Padded left.
+        prompt_mask: True where a token is real.
+        response_tokens: The responses to each prompt, the best first, padded right.
+        response_mask: True where a token is real; nowhere in a response that is not there.
+        ranks: Places of the responses, the best being the lowest; equal ones tie.
+        margins: How much better the first of two was judged to be; 0 where nobody said.
+        metadata: Every other key of the rows, a list each.
+    """
+
+    prompt_tokens: Int[Tensor, "batch prompt"]
+    prompt_mask: Bool[Tensor, "batch prompt"]
+    response_tokens: Int[Tensor, "batch responses response"]
+    response_mask: Bool[Tensor, "batch responses response"]
+    ranks: Int[Tensor, "batch responses"]
+    margins: Float[Tensor, " batch"]
+    metadata: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompt_tokens)
+
+    @property
+    def is_there(self) -> Bool[Tensor, "batch responses"]:
+        """Which responses there are."""
+        return self.response_mask.any(2)
+
+    def rows(self) -> ImitationBatch:
+        """Every response with its prompt, those to a prompt one after the other."""
+        prompt, response = self.is_there.nonzero().unbind(1)
+        return ImitationBatch(
+            prompt_tokens=self.prompt_tokens[prompt],
+            prompt_mask=self.prompt_mask[prompt],
+            response_tokens=self.response_tokens[prompt, response],
+            response_mask=self.response_mask[prompt, response],
+        )

@@ -18,7 +18,14 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 from transformers import BertConfig, GPT2Model, T5Config
 
-from lightning_rlhf import ConversationDataModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
+from lightning_rlhf import (
+    ConversationDataModule,
+    ModelSpec,
+    PPOModule,
+    PreferenceDataModule,
+    PromptDataModule,
+    SFTModule,
+)
 from lightning_rlhf.batches import PromptBatch
 from lightning_rlhf.data.tokens import padded
 from tests.networks import ARCHITECTURES, POSITIONS, network, tiny_gpt2, word_tokenizer
@@ -42,13 +49,16 @@ def no_score(prompts, responses):
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("data", "name"), [(PromptDataModule, "prompts"), (ConversationDataModule, "rows")])
+DATA = [(PromptDataModule, "prompts"), (ConversationDataModule, "rows"), (PreferenceDataModule, "preferences")]
+
+
+@pytest.mark.parametrize(("data", "name"), DATA)
 def test_no_rows(data, name):
     with complains(f"`{name}` is empty: give at least one row."):
         data([])
 
 
-@pytest.mark.parametrize(("data", "name"), [(PromptDataModule, "prompts"), (ConversationDataModule, "rows")])
+@pytest.mark.parametrize(("data", "name"), DATA)
 def test_a_file_that_is_missing(data, name):
     with complains(f"`{name}='data/missing.jsonl'`: there is no such file (looked in ", FileNotFoundError):
         data("data/missing.jsonl")

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Sampler
 from lightning_rlhf.batches import Batch
 from lightning_rlhf.data.cursor import Cursor, CursorSampler
 from lightning_rlhf.data.evaluation import EvaluationSampler
-from lightning_rlhf.data.formats import Row
 from lightning_rlhf.data.settled import settled_batches
 
 _WRONG_ADVICE = (
@@ -55,13 +54,13 @@ class RLHFDataModule(L.LightningDataModule, ABC):
 
     def __init__(
         self,
-        rows: Sequence[Row] | None,
+        rows: Sequence[Any] | None,
         *,
         batch_size: int = 32,
         shuffle: bool = True,
         seed: int | None = None,
         num_workers: int = 0,
-        held_out: Mapping[str, Sequence[Row] | None] | None = None,
+        held_out: Mapping[str, Sequence[Any] | None] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -81,7 +80,7 @@ class RLHFDataModule(L.LightningDataModule, ABC):
         self._due = 0  # batches that training has finished once the last one that was read is
 
     @abstractmethod
-    def tokenized(self, row: Row, what: str) -> Any:
+    def tokenized(self, row: Any, what: str) -> Any:
         """Turns a row into tokens; called once a row, before the first batch.
 
         Args:
@@ -166,7 +165,7 @@ class RLHFDataModule(L.LightningDataModule, ABC):
         """Number of processes, and of this one."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
-    def _items(self, argument: str, rows: Sequence[Row]) -> list[Any]:
+    def _items(self, argument: str, rows: Sequence[Any]) -> list[Any]:
         if self.tokenizer is None:
             raise ValueError(
                 "`tokenizer` is not set: fit with an RLHF module, which brings its own, or set `datamodule.tokenizer`."

@@ -24,8 +24,9 @@ class ConversationDataModule(RLHFDataModule):
 
     Args:
         rows: Dicts with ``text``, of which everything is learnt, or with ``prompt`` (a string or chat messages) and
-            ``response``, of which the response is; plain strings are texts. Or the path of a JSONL file of these.
-            EOS is put after every text and response that lacks it. May be left out where nothing is trained.
+            ``response``, of which the response is; plain strings are texts. Or the path of a JSONL, CSV or Parquet
+            file of these. EOS is put after every text and response that lacks it. May be left out where
+            nothing is trained.
         validation: Rows of the same forms, for validation while training and for ``Trainer.validate``.
         test: Rows for ``Trainer.test``.
         batch_size: Rows of a batch, per process.

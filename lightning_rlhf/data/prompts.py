@@ -20,7 +20,7 @@ class PromptDataModule(RLHFDataModule):
 
     Args:
         prompts: Strings, lists of chat messages, or dicts with the key ``prompt``, whose other keys go to the reward;
-            or the path of a JSONL file of any of these. May be left out where nothing is trained.
+            or the path of a JSONL, CSV or Parquet file of any of these. May be left out where nothing is trained.
         validation: Prompts of the same forms, for validation while training and for ``Trainer.validate``.
         test: Prompts for ``Trainer.test``.
         predict: Prompts for ``Trainer.predict``.

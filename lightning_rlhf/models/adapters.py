@@ -47,13 +47,17 @@ class Adapters:
         from peft import PeftModel, get_peft_model
 
         config = adapter_config(adapter, model.config.is_encoder_decoder)
+        more = {}
+        if model.get_output_embeddings() is None:  # it writes nothing, and PEFT is to leave its head alone
+            config.task_type = "FEATURE_EXTRACTION"
+            more = {"config": config}
         own = {id(parameter) for parameter in model.parameters()}
         self.model = model
         self.was_trained = isinstance(adapter, str | os.PathLike)
         with _reading(adapter):
             if isinstance(adapter, str | os.PathLike):
                 name = os.fspath(adapter)
-                self.peft = PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu")
+                self.peft = PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu", **more)
             else:
                 self.peft = get_peft_model(model, config)
         self.updates = 0

@@ -14,9 +14,11 @@ from jaxtyping import Float
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_rlhf.models.headed import HeadedModel
 from lightning_rlhf.models.loading import ModelSpec, check_folder
 from lightning_rlhf.models.outputs import same_logits
 from lightning_rlhf.models.quantization import quantization_config, steady
+from lightning_rlhf.models.scorer_loading import stored
 
 Row = dict[str, list[int]]
 """What a tokenizer makes of a text: ``input_ids``, and ``token_type_ids`` where the model reads them."""
@@ -38,7 +40,7 @@ def load_classifier(spec: ModelSpec, argument: str) -> Any:
     Raises:
         ValueError: If there is no such model, it has no trained head, or the spec asks for more.
     """
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     from lightning_rlhf.models.linear import speed_up_linears
 
@@ -54,15 +56,16 @@ def load_classifier(spec: ModelSpec, argument: str) -> Any:
         options["attn_implementation"] = spec.attn_implementation
     if spec.quantization is not None:
         options["quantization_config"] = quantization_config(spec.quantization, spec.torch_dtype())
+    source = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
+    options |= {"dtype": spec.torch_dtype(), **source}
+    found: dict[str, Any] = {"missing_keys": ()}
     try:
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            dtype=spec.torch_dtype(),
-            revision=spec.revision or "main",
-            trust_remote_code=spec.trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        config = AutoConfig.from_pretrained(name, **source)
+        if stored(config).get("head"):
+            model: Any = HeadedModel.from_pretrained(name, config, True, **options)
+        else:
+            auto = AutoModelForSequenceClassification
+            model, found = auto.from_pretrained(name, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`{argument}={name!r}` cannot be read as a sequence classifier of transformers (for a function, write its "

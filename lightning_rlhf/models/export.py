@@ -47,5 +47,6 @@ def plain_model(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTra
         state[plain] = weight.detach().cpu().clone(memory_format=torch.contiguous_format)
     second.load_state_dict(state, assign=True)
     second.tie_weights()
-    second.generation_config = copy.deepcopy(model.generation_config)
+    if hasattr(model, "generation_config"):
+        second.generation_config = copy.deepcopy(model.generation_config)
     return second.requires_grad_(False).eval()

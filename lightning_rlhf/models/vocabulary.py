@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,12 +58,35 @@ class SpecialTokens:
         return cls(eos, pad)
 
 
-def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def with_own_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer whose PAD is no EOS: transformers' classifiers would take that for PAD, and read texts before it.
+
+    Args:
+        tokenizer: Left as it is.
+
+    Returns:
+        The tokenizer itself where it has such a PAD; else a copy with one, new if its vocabulary has none.
+    """
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return tokenizer
+    second = copy.deepcopy(tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    pad = next((token for token in ("<pad>", "[PAD]", "<|pad|>") if token in vocabulary), "<|pad|>")
+    second.add_special_tokens({"pad_token": pad})
+    why = "has no PAD token" if tokenizer.pad_token_id is None else "fills rows with EOS, which ends texts"
+    rank_zero_info(f"The tokenizer {why}: the reward model gets {pad!r}.")
+    return second
+
+
+def fit_embeddings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None] = rank_zero_warn
+) -> int:
     """Gives a model a row for every token; new ones start at the mean of the others.
 
     Args:
         model: Changed in place where it has fewer rows than the tokenizer has tokens.
         tokenizer: Its length counts added tokens.
+        tell: How it is told.
 
     Returns:
         How many rows are new.
@@ -69,10 +94,11 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     rows, tokens = model.get_input_embeddings().weight.shape[0], len(tokenizer)
     if tokens <= rows:
         return 0
-    rank_zero_warn(f"The tokenizer has {tokens} tokens and the model {rows} rows: its embeddings were resized.")
+    tell(f"The tokenizer has {tokens} tokens and the model {rows} rows: its embeddings were resized.")
     model.resize_token_embeddings(tokens, mean_resizing=False)
     with torch.no_grad():
-        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+        for embedding in (embedding for embedding in embeddings if embedding is not None):
             embedding.weight[rows:] = embedding.weight[:rows].mean(0)
             bias = getattr(embedding, "bias", None)
             if bias is not None:

@@ -179,7 +179,7 @@ class RLHFModule(SavedModule):
         """
         from lightning_rlhf.models.linear import speed_up_linears  # imports transformers
 
-        model = spec.load() if model is None else model
+        model = self.load_network(spec) if model is None else model
         if not spec.is_named and self._trainer is not None:
             take_over(model, self._trainer.strategy.root_device)  # an object need not be the same everywhere
         new_rows = fit_embeddings(model, self.tokenizer)
@@ -199,10 +199,33 @@ class RLHFModule(SavedModule):
         speed_up_linears(model)
         if self.disable_dropout:
             self._dropout += disable_dropout(model)
-        decoder = decoder_of(model)
+        decoder = self.seen(model)
         decoder.adapters = adapters
-        probe(decoder)
         decoder.shares = self.disable_dropout
+        return decoder
+
+    def load_network(self, spec: ModelSpec) -> Any:
+        """Builds or reads a network, of the kind that this module trains.
+
+        Args:
+            spec: Of the network.
+
+        Returns:
+            A model of transformers, or what can be used as one.
+        """
+        return spec.load()
+
+    def seen(self, model: Any) -> Decoder:
+        """One way to call a network, once it is known what it can do.
+
+        Args:
+            model: From :meth:`load_network`.
+
+        Returns:
+            What calls it.
+        """
+        decoder = decoder_of(model)
+        probe(decoder)
         return decoder
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -15,6 +15,7 @@ from lightning_rlhf.chance import row_uniforms
 from lightning_rlhf.data.evaluation import is_filler
 from lightning_rlhf.data.prompts import as_prompt_batch
 from lightning_rlhf.generation.sampling import Sampling, SamplingChanges
+from lightning_rlhf.modules.meter import Statistic
 from lightning_rlhf.modules.ranks import agree, rank, world_size
 from lightning_rlhf.modules.report import Report
 from lightning_rlhf.modules.text import TextModule
@@ -79,6 +80,18 @@ class EvaluatedModule(TextModule):
             loader: Number of the loader.
             report: What is measured is added to.
         """
+
+    def concluded(self, loader: int, statistics: Mapping[str, Statistic]) -> dict[str, float]:
+        """What else is logged of a loader once all of it was measured; the same on all processes.
+
+        Args:
+            loader: Its number.
+            statistics: Of what was measured, by name.
+
+        Returns:
+            Numbers by name.
+        """
+        return {}
 
     def log_evaluation(self, metrics: dict[str, float]) -> None:
         """Logs what was measured; the same on all processes.
@@ -180,6 +193,8 @@ class EvaluatedModule(TextModule):
             metrics |= {f"{prefix}/{name}{suffix}": statistic.mean for name, statistic in statistics.items()}
             if "reward/mean" in statistics:
                 metrics[f"{prefix}/reward/std{suffix}"] = statistics["reward/mean"].std
+            more = self.concluded(loader, statistics)
+            metrics |= {f"{prefix}/{name}{suffix}": value for name, value in more.items()}
         self._reports = {}
         if metrics:
             self.log_evaluation(metrics)

@@ -27,7 +27,7 @@ def algorithm_of(module: L.LightningModule) -> str:
     return (type(module) if inspect.isabstract(of_library) else of_library).__name__
 
 
-def check_resumable(module: L.LightningModule, checkpoint: Mapping[str, Any], left_out: Set[str] = frozenset()) -> None:
+def check_resumable(module: Any, checkpoint: Mapping[str, Any], left_out: Set[str] = frozenset()) -> None:
     """Refuses what a module cannot go on from, before torch compares names of weights.
 
     Args:
@@ -43,13 +43,13 @@ def check_resumable(module: L.LightningModule, checkpoint: Mapping[str, Any], le
         writer = "was not written by a module of lightning_rlhf" if saved is None else f"is a checkpoint of {saved}"
         raise ValueError(
             f"`ckpt_path` {writer}, and {mine} cannot go on from it: to begin with its weights, export them with "
-            "`save_pretrained` and pass the folder as `policy`."
+            f"`save_pretrained` and pass the folder as `{module.network_argument}`."
         )
     difference = _difference(module, checkpoint, left_out)
     if difference:
         raise ValueError(
-            f"`policy` is not the network that `ckpt_path` holds: {difference}. Resume with the model that the run "
-            "began with, or begin a new run without `ckpt_path`."
+            f"`{module.network_argument}` is not the network that `ckpt_path` holds: {difference}. Resume with the "
+            "model that the run began with, or begin a new run without `ckpt_path`."
         )
 
 

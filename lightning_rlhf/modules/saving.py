@@ -39,6 +39,7 @@ class SavedModule(EvaluatedModule):
     """
 
     spec: ModelSpec
+    network_argument = "policy"  # what the user calls the network, for errors
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,8 +77,8 @@ class SavedModule(EvaluatedModule):
             self._frozen = self._fingerprint()
             if self._frozen != expected:
                 raise ValueError(
-                    f"`policy={self.spec.model!r}` is not the model that `ckpt_path` was trained on: its frozen "
-                    "weights differ. Resume with the model that the run began with."
+                    f"`{self.network_argument}={self.spec.model!r}` is not the model that `ckpt_path` was trained on: "
+                    "its frozen weights differ. Resume with the model that the run began with."
                 )
 
     @property
@@ -131,17 +132,28 @@ class SavedModule(EvaluatedModule):
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
             with original_dropout(self._dropout):
-                if adapters is None:
-                    self.policy.decoder.model.save_pretrained(beside, state_dict=weights)
-                elif merge_adapter:
-                    merged(self.policy.decoder, weights).save_pretrained(beside)
-                else:
-                    adapters.save(beside, weights)
+                self.write(beside, weights, merge_adapter)
             self.tokenizer.save_pretrained(beside)
             for path in sorted(path for path in Path(beside).rglob("*") if path.is_file()):
                 place = target / path.relative_to(beside)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 replace_synced(path, place)
+
+    def write(self, folder: str, weights: Mapping[str, Tensor] | None, merge_adapter: bool) -> None:
+        """Writes the model, or its adapter.
+
+        Args:
+            folder: Where to.
+            weights: All weights of the model, where they are sharded.
+            merge_adapter: Whether a model with an adapter is written whole.
+        """
+        decoder = self.policy.decoder
+        if decoder.adapters is None:
+            decoder.model.save_pretrained(folder, state_dict=weights)
+        elif merge_adapter:
+            merged(decoder, weights).save_pretrained(folder)
+        else:
+            decoder.adapters.save(folder, weights)
 
 
 @torch.no_grad()

@@ -14,15 +14,17 @@ from torch import Tensor
 from lightning_rlhf.dotted import dotted_name
 from lightning_rlhf.models.classifier import Classifier, Row, is_classifier_object, load_classifier
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, load_tokenizer
+from lightning_rlhf.models.scorer_loading import stored
 from lightning_rlhf.rewards.texts import READS, TextReader, continuations
 
 
 class RewardModel:
-    """A trained sequence classifier of transformers that scores responses.
+    """A trained sequence classifier of transformers that scores responses, or an export of :class:`RewardModule`.
 
     It is frozen, in evaluation mode, in no checkpoint of the policy's, and keeps its own type whatever ``precision``
     the Trainer has. Texts are tokenised anew by its own tokenizer. The score is read where transformers reads it: of
-    decoder-only models at the last token, whatever PAD is; so it does not depend on what is scored beside.
+    decoder-only models at the last token, whatever PAD is; so it does not depend on what is scored beside. An export's
+    logits have mean and standard deviation taken off that are in its config.
 
     A text that is too long loses its beginning (a BOS or CLS stays): what was written, and where the score is read, is
     at its end. The first time it happens a warning says how many texts it were.
@@ -35,6 +37,8 @@ class RewardModel:
             config says that several can hold (``multi_label_classification``).
         reads: ``"both"``: the prompt and, right after it, the response; chat messages go with the response through its
             tokenizer's chat template. ``"pair"``: as two segments, for models trained so. ``"response"``: that alone.
+            ``"apart"``: the prompt, then the response with an EOS, each tokenised by itself, as :class:`RewardModule`
+            does. By default what its export says, else ``"both"``.
         append_eos: Whether every text is ended with EOS, as for models that were trained so; those that were cut off
             too.
         tokenizer: Its own; by default the one beside its weights. An object, name or folder.
@@ -55,7 +59,7 @@ class RewardModel:
         *,
         label: str | int | None = None,
         output: Literal["logit", "probability"] = "logit",
-        reads: Literal["both", "pair", "response"] = "both",
+        reads: Literal["both", "pair", "response", "apart"] | None = None,
         append_eos: bool = False,
         tokenizer: Any = None,
         max_tokens: int | None = None,
@@ -82,7 +86,7 @@ class RewardModel:
             )
         for argument, value, known in (
             ("output", output, ("logit", "probability")),
-            ("reads", reads, READS),
+            ("reads", reads, (*READS, None)),
         ):
             if value not in known:
                 raise ValueError(f"`{argument}={value!r}` must be one of {', '.join(map(repr, known))}.")
@@ -121,7 +125,7 @@ class RewardModel:
             A number each.
         """
         classifier = self.load()
-        if self.reads == "both" and response_tokens is not None and tokenizer is not None:
+        if self._reader.reads == "both" and response_tokens is not None and tokenizer is not None:
             responses = continuations(prompts, responses, response_tokens, tokenizer)
         rows = self._cut(self._reader.rows(prompts, responses))
         scores = torch.empty(len(rows), dtype=torch.float32)
@@ -140,8 +144,10 @@ class RewardModel:
         """
         if self.classifier is None:
             tokenizer = self.tokenizer
-            self._reader = TextReader(tokenizer, self.reads, self.append_eos, self.name)
             network: Any = load_classifier(self.spec, "reward") if self.spec.is_named else self.spec.model
+            self._stored = stored(network.config)
+            reads = self.reads or self._stored.get("reads", "both")
+            self._reader = TextReader(tokenizer, reads, self.append_eos, self.name)
             tokens, rows = len(tokenizer), int(network.get_input_embeddings().weight.shape[0])
             if tokens > rows:
                 raise ValueError(
@@ -227,7 +233,7 @@ class RewardModel:
     def _scores(self, logits: Tensor) -> Tensor:
         number = self._label_number(self.classifier)
         if self.output == "logit":
-            return logits[:, number]
+            return (logits[:, number] - self._stored.get("mean", 0.0)) / self._stored.get("std", 1.0)
         is_multiple = self.classifier.model.config.problem_type == "multi_label_classification"  # type: ignore[union-attr]
         return (logits.sigmoid() if is_multiple else logits.softmax(1))[:, number]
 

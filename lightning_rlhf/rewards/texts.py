@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from lightning_rlhf.models.classifier import Row
+from lightning_rlhf.models.texts import prompt_ids, response_ids
 
-READS = ("both", "pair", "response")
-"""The prompt and then the response, both as two segments, or the response alone."""
+READS = ("both", "pair", "response", "apart")
+"""The prompt and then the response, both as two segments, the response alone, or one after the other, each tokenised by
+itself, as our DataModules do."""
 
 
 class TextReader:
@@ -49,6 +51,12 @@ class TextReader:
         """
         if self.reads == "response":
             rows = self._tokenized(list(responses))
+        elif self.reads == "apart":
+            both = zip(prompts, responses, strict=True)
+            rows = [
+                {"input_ids": prompt_ids(prompt, self.tokenizer) + response_ids(response, self.tokenizer)}
+                for prompt, response in both
+            ]
         elif not all(isinstance(prompt, str) for prompt in prompts):
             rows = [self._chat(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         elif self.reads == "pair":

@@ -67,7 +67,7 @@ def shard(
             fully_shard(module, reshard_after_forward=True, **options)
     elif reference is not None and not isinstance(reference, AdapterReference):  # that has nothing of its own
         _shard(reference.network, options, reshard_root=True)
-    if isinstance(policy.value_branch, ValueBranch):
+    if isinstance(getattr(policy, "value_branch", None), ValueBranch):
         for module in policy.value_branch.copies:
             fully_shard(module, reshard_after_forward=True, **options)
     if critic is not None:
@@ -75,7 +75,8 @@ def shard(
     # What is in no block is needed to the end of a forward pass, and at once when the backward pass begins.
     _shard(policy, options, reshard_root=False)
     for method in ("begin", "next_token", "values"):
-        register_fsdp_forward_method(policy, method)
+        if hasattr(policy, method):  # a reward model writes nothing
+            register_fsdp_forward_method(policy, method)
     for name, parameter in policy.named_parameters():
         if not isinstance(parameter, DTensor) or parameter.is_meta:
             raise RuntimeError(f"{name} was not sharded: processes would drift apart without a word.")

@@ -24,8 +24,10 @@ from lightning_rlhf import (
     GRPOModule,
     ModelSpec,
     PPOModule,
+    PreferenceDataModule,
     PromptDataModule,
     RewardModel,
+    RewardModule,
     SFTModule,
 )
 from lightning_rlhf.batches import PromptBatch
@@ -124,13 +126,21 @@ class Watch(Seen):
             self.norms.append(norm_of(optimizer))
 
 
-class Measured(SFTModule):
+class Measured:
     """Keeps the norms of gradients once they are those of a mean, which callbacks come too early for."""
 
     def on_before_optimizer_step(self, optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
         watch = next(callback for callback in self.trainer.callbacks if isinstance(callback, Watch))
         watch.norms.append(norm_of(optimizer))
+
+
+class MeasuredSFT(Measured, SFTModule):
+    """One that imitates."""
+
+
+class MeasuredReward(Measured, RewardModule):
+    """One that learns to score."""
 
 
 def trainer_of(strategy: str, **flags: Any) -> Any:
@@ -221,7 +231,7 @@ def sft(strategy: str, folder: Path) -> dict[str, Any]:
         "a b",
         "c d e f a b c",
     ]
-    module = Measured(
+    module = MeasuredSFT(
         tiny_gpt2(LETTERS, layers=2, initializer_range=0.3, **without_dropout),
         tokenizer=word_tokenizer(LETTERS),
         optimizer=sgd,
@@ -229,6 +239,34 @@ def sft(strategy: str, folder: Path) -> dict[str, Any]:
     )
     data = ConversationDataModule(texts, batch_size=per_process(4, strategy), seed=3)
     return fit(module, data, strategy, accumulate_grad_batches=2, gradient_clip_val=0.5)
+
+
+def reward_model(strategy: str, folder: Path) -> dict[str, Any]:
+    """Pairs and rankings in windows of two batches, and an evaluation in which each process sees groups of its own."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": prompt, "chosen": better, "rejected": worse, "margin": 0.1 * i, "book": f"book {i % 4}"}
+        for texts in (PROMPTS, PROMPTS[::-1])
+        for i, (prompt, better, worse) in enumerate(zip(texts, texts[1:], texts[2:], strict=False))
+    ]
+    rows += [
+        {"prompt": "a", "responses": PROMPTS[2:6], "ranks": [2, 1, 4, 3]},
+        {"prompt": "f", "responses": PROMPTS[:3], "ranks": [1, 2, 2]},
+    ]
+    module = MeasuredReward(
+        tiny_gpt2(LETTERS, layers=2, initializer_range=0.3),
+        tokenizer=word_tokenizer(LETTERS),
+        optimizer=sgd,
+        center_coef=0.01,
+        group_by="book",
+        seed=8,
+    )
+    data = PreferenceDataModule(rows, validation=rows[:5], batch_size=per_process(4, strategy), seed=3)
+    result = fit(module, data, strategy, accumulate_grad_batches=2, gradient_clip_val=0.5)
+    module.save_pretrained(folder / "judge")
+    if dist.is_initialized():
+        dist.barrier()
+    judge = RewardModel(folder / "judge")
+    return {**result, "exported": judge(PROMPTS[:3], PROMPTS[1:4]), "scores": (module.mean, module.std)}
 
 
 def unlike_objects(strategy: str, folder: Path) -> dict[str, Any]:
@@ -508,6 +546,7 @@ SAME = [
     "ppo_value_adapter",
     "grpo_t5_hydra",
     "sft",
+    "reward_model",
     "unlike_objects",
     "unlike_lengths",
     "unlike_passes",

@@ -55,7 +55,7 @@ def both(two, name):
 
 
 @pytest.mark.invariant(28, 37)
-@pytest.mark.parametrize("name", [name for name in SAME if name != "sft"])
+@pytest.mark.parametrize("name", [name for name in SAME if name not in ("sft", "reward_model")])
 def test_two_processes_write_what_one_writes_and_every_row_keeps_its_score(one, two, name):
     first, second = (result["experiences"] for result in both(two, name))
     alone = one[name]["experiences"]
@@ -88,6 +88,15 @@ def test_two_processes_log_what_one_logs(one, two, name):
         assert ours.keys() == whole.keys()
         for metric, value in ours.items():
             assert value == pytest.approx(whole[metric], rel=1e-4, abs=2e-5), metric
+
+
+@pytest.mark.invariant(18, 37)
+def test_an_export_of_two_processes_scores_as_that_of_one(one, two):
+    alone = one["reward_model"]
+    assert any(name.startswith("val/preference/accuracy/book") for name in alone["metrics"][-1])
+    for result in both(two, "reward_model"):
+        assert result["exported"] == pytest.approx(alone["exported"], abs=1e-4)
+        assert result["scores"] == pytest.approx(alone["scores"], abs=1e-5)
 
 
 @pytest.mark.invariant(24)

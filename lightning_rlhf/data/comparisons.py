@@ -1,0 +1,235 @@
+"""What rows with preferences say, in any of the forms in which public data sets have them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os.path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_rlhf.data.formats import Row, is_chat
+
+KEYS = ("prompt", "chosen", "rejected", "margin", "tie", "responses", "ranks", "scores", "info", "summaries", "choice")
+"""What a row's keys may be called; any other is metadata."""
+
+ASSISTANT = "\n\nAssistant:"
+"""What a turn of the assistant begins with in a transcript."""
+
+TEMPLATES = {
+    "post": "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:",
+    "article": "Article:\n\n{article}\n\nTL;DR:",
+}
+"""The prompts of `Learning to summarize from human feedback <https://arxiv.org/abs/2009.01325>`_, by what they hold."""
+
+PARTS = ("subreddit", "title", *TEMPLATES)
+"""What these are made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Responses to a prompt, and which were judged better.
+
+    Attributes:
+        prompt: A string or chat messages.
+        responses: The best first.
+        ranks: Their places, from 0; equal ones tie.
+        margin: How much better the first of two was judged to be; 0 where nobody said.
+        metadata: Every other key of the row.
+        place: Where the row is from, for errors.
+    """
+
+    prompt: Any
+    responses: tuple[str, ...]
+    ranks: tuple[int, ...]
+    margin: float
+    metadata: Row
+    place: str
+
+
+def comparison(row: Row, place: str, columns: Mapping[str, str]) -> Comparison:
+    """Reads a row.
+
+    Args:
+        row: With ``prompt``, ``chosen`` and ``rejected``; ``chosen`` and ``rejected`` alone, as transcripts or chat
+            messages that begin alike; ``prompt``, ``responses`` and ``ranks`` or ``scores``; or ``info``, ``summaries``
+            and ``choice``.
+        place: Where it is from, for errors.
+        columns: What the row's own names for these keys are, where they differ.
+
+    Returns:
+        What it says.
+
+    Raises:
+        ValueError: If it is none of these, with place, field and value.
+    """
+    fields = _Fields(row, place, columns)
+    if "responses" in fields.known:
+        prompt, responses, ranks = _ranking(fields)
+    elif fields.has("summaries", "choice", "info"):
+        prompt, responses, ranks = _summaries(fields)
+    elif fields.has("chosen", "rejected"):
+        prompt, responses, ranks = _pair(fields)
+    else:
+        raise ValueError(
+            f"{place} has the keys {sorted(map(str, row))}: it needs 'prompt', 'chosen' and 'rejected'; 'prompt', "
+            "'responses' and 'ranks' or 'scores'; or 'info', 'summaries' and 'choice'. Other names go into `columns`."
+        )
+    margin = fields.number("margin", fields.known.get("margin", 0.0))
+    if margin < 0.0:
+        raise fields.wrong("margin", "must not be negative: it says how much better the first response is")
+    if margin and (len(ranks) > 2 or ranks[0] == ranks[1]):
+        raise fields.wrong("margin", "needs two responses of which one is better: leave it out")
+    return Comparison(prompt, tuple(responses), tuple(ranks), margin, fields.others, place)
+
+
+class _Fields:
+    """The keys of a row under the names that they have here; what is None is not there."""
+
+    def __init__(self, row: Row, place: str, columns: Mapping[str, str]) -> None:
+        self.place = place
+        self.columns = columns
+        given = {key: value for key, value in row.items() if value is not None}
+        names = {key: columns.get(key, key) for key in KEYS}
+        self.known = {key: given[name] for key, name in names.items() if name in given}
+        self.others = {str(key): value for key, value in given.items() if key not in names.values()}
+
+    def has(self, *keys: str) -> bool:
+        return set(keys) <= self.known.keys()
+
+    def wrong(self, key: str, must: str, value: Any = None) -> ValueError:
+        shown = repr(self.known.get(key) if value is None else value)
+        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        return ValueError(f"{self.place}: `{self.columns.get(key, key)}={shown}` {must}.")
+
+    def text(self, key: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise self.wrong(key, "must be text", value)
+        return value
+
+    def number(self, key: str, value: Any) -> float:
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise self.wrong(key, "must be a finite number", value)
+        return number
+
+    def flag(self, key: str) -> bool:
+        value = self.known.get(key, False)
+        meanings = {"true": True, "1": True, "false": False, "0": False, "": False}
+        if isinstance(value, bool | int | str) and str(value).lower() in meanings:
+            return meanings[str(value).lower()]
+        raise self.wrong(key, "must be true or false")
+
+    def items(self, key: str) -> list[Any]:
+        value = self.known[key]
+        if isinstance(value, str):  # as in a cell of a CSV file
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                raise self.wrong(key, "must be a list, or one written as JSON") from None
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+            raise self.wrong(key, "must be a list")
+        return list(value)
+
+    def prompt(self) -> Any:
+        prompt = self.known.get("prompt")
+        if isinstance(prompt, str):
+            return prompt
+        if prompt is None:
+            raise ValueError(f"{self.place} has no `{self.columns.get('prompt', 'prompt')}`: give one.")
+        return self.messages("prompt")
+
+    def messages(self, key: str) -> list[dict[str, str]]:
+        value = self.known[key]
+        if not is_chat(value) or not all(isinstance(m["content"], str) and isinstance(m["role"], str) for m in value):
+            raise self.wrong(key, "must be text, or a list of chat messages with the keys 'role' and 'content'")
+        return value
+
+
+def _pair(fields: _Fields) -> tuple[Any, list[str], list[int]]:
+    chosen, rejected = fields.known["chosen"], fields.known["rejected"]
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        prompt, responses = _texts(fields, chosen, rejected)
+    elif isinstance(chosen, str) or isinstance(rejected, str):
+        raise fields.wrong("rejected", "must be text where `chosen` is, and chat messages where that is")
+    else:
+        prompt, responses = _chats(fields)
+    return prompt, responses, [0, 0] if fields.flag("tie") else [0, 1]
+
+
+def _texts(fields: _Fields, chosen: str, rejected: str) -> tuple[Any, list[str]]:
+    """Two texts; without a prompt, what they have in common up to the assistant's last turn is the prompt."""
+    if fields.has("prompt"):
+        return fields.prompt(), [chosen, rejected]
+    common = os.path.commonprefix([chosen, rejected])
+    end = common.rfind(ASSISTANT)
+    if end < 0:
+        raise fields.wrong(
+            "chosen",
+            f"and `{fields.columns.get('rejected', 'rejected')}` have no {ASSISTANT!r} in common, at which their "
+            "prompt would end: give a `prompt`, or transcripts",
+        )
+    end += len(ASSISTANT)
+    return chosen[:end], [chosen[end:], rejected[end:]]
+
+
+def _chats(fields: _Fields) -> tuple[Any, list[str]]:
+    """Two conversations, the last message of each being the response, and those before it their prompt."""
+    chosen, rejected = fields.messages("chosen"), fields.messages("rejected")
+    before = chosen[:-1]
+    if rejected[:-1] != before:
+        raise fields.wrong(
+            "rejected", f"must begin as `{fields.columns.get('chosen', 'chosen')}` does, and differ in its last message"
+        )
+    for key, messages in {"chosen": chosen, "rejected": rejected}.items():
+        if messages[-1]["role"] != "assistant":
+            raise fields.wrong(key, "must end with a message of the assistant, which is the response")
+    responses = [chosen[-1]["content"], rejected[-1]["content"]]
+    if not before:
+        return fields.prompt(), responses
+    prompt = fields.known.get("prompt")
+    if prompt is None or any(message["content"] == prompt for message in before):
+        return before, responses
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else fields.messages("prompt")
+    return before if before[: len(prompt)] == prompt else prompt + before, responses
+
+
+def _ranking(fields: _Fields) -> tuple[Any, list[str], list[int]]:
+    responses = [fields.text("responses", response) for response in fields.items("responses")]
+    if len(responses) < 2:
+        raise fields.wrong("responses", "must be two responses or more")
+    if fields.has("ranks") == fields.has("scores"):
+        raise ValueError(
+            f"{fields.place}: 'responses' go with either 'ranks' (1 for the best) or 'scores' (the higher)."
+        )
+    key, sign = ("ranks", 1.0) if fields.has("ranks") else ("scores", -1.0)
+    numbers = [sign * fields.number(key, number) for number in fields.items(key)]
+    if len(numbers) != len(responses):
+        raise fields.wrong(key, f"must be {len(responses)} numbers, one for each response")
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    places = {number: place for place, number in enumerate(sorted(set(numbers)))}
+    return fields.prompt(), [responses[i] for i in order], [places[numbers[i]] for i in order]
+
+
+def _summaries(fields: _Fields) -> tuple[Any, list[str], list[int]]:
+    """A comparison of summaries as OpenAI published them."""
+    summaries, info = fields.items("summaries"), fields.known["info"]
+    found = [summary.get("text") if isinstance(summary, Mapping) else summary for summary in summaries]
+    texts = [text for text in found if isinstance(text, str)]
+    if not len(found) == len(texts) == 2:
+        raise fields.wrong("summaries", "must be two, each with a 'text'")
+    choice = fields.number("choice", fields.known["choice"])
+    if choice not in (0.0, 1.0):
+        raise fields.wrong("choice", "must be 0 or 1, the number of the better summary")
+    present = {name: info[name] for name in PARTS if info.get(name) is not None} if isinstance(info, Mapping) else {}
+    template = next((template for name, template in TEMPLATES.items() if name in present), None)
+    if template is None or not all(isinstance(text, str) for text in present.values()):
+        raise fields.wrong("info", "must have the text of a 'post' or an 'article'")
+    prompt = template.format(**{"subreddit": "", "title": "", **present})
+    better = int(choice)
+    return prompt, [texts[better], texts[1 - better]], [0, 1]
