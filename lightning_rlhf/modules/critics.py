@@ -177,7 +177,7 @@ class ActorCriticModule(OnlineModule):
         # A token more after those that were cut off, which nobody reads: its value is that of the state before it.
         longer = self.read_by(read, rollouts.with_next_token())
         ends = rollouts.response_mask.sum(1, keepdim=True)
-        rollouts.values = longer[:, :-1].masked_fill(~rollouts.response_mask, 0.0)
+        rollouts.values = longer[:, : rollouts.response_mask.shape[1]].masked_fill(~rollouts.response_mask, 0.0)
         rollouts.final_values = longer.gather(1, ends).squeeze(1) * rollouts.truncated
 
     def values(self, batch: Rollouts, output: PolicyOutput) -> Tensor:
