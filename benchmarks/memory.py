@@ -33,7 +33,7 @@ from benchmarks.tables import publish
 from benchmarks.workload import Size
 
 SIZE = Size(768, 12, 12, 50257)
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS, MICRO_BATCH = 16, 64, 64, 8
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS, MICRO_BATCH = 8, 64, 32, 4
 CONFIG = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "bos_token_id", "eos_token_id", "pad_token_id")
 CONFIG += ("attn_pdrop", "embd_pdrop", "resid_pdrop")
 """What of the network's config is not transformers' own."""

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lightning_rlhf
@@ -91,7 +91,7 @@ class RLHFCLI(LightningCLI):
         """Adds `plan`, which reads what `fit` does."""
         super()._add_subcommands(parser, **kwargs)
         about = "Say where the memory of a run goes and whether it fits, from its configuration alone."
-        planner = self._prepare_subcommand_parser(self.trainer_class, "fit", description=about)
+        planner = self._prepare_subcommand_parser(Trainer, "fit", description=about)
         planner.add_class_arguments(Asked)
         self._subcommand_parsers[PLAN] = planner
         assert parser._subcommands_action is not None

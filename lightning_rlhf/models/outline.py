@@ -134,7 +134,7 @@ def adapted(model: PreTrainedModel, spec: ModelSpec) -> Adapters | None:
     if adapter is None:
         return None
     was_trained = isinstance(adapter, str | os.PathLike)
-    if was_trained:
+    if isinstance(adapter, str | os.PathLike):
         check_folder(os.fspath(adapter), "adapter")
         adapter = beginning_at_nothing(adapter_config(adapter))
     with torch.device("meta"):

@@ -209,7 +209,7 @@ def _reference(
     if spec is None:
         if decoder.model.get_input_embeddings().weight.requires_grad:  # as reference_of has it
             return None, policy.bytes(placement), "a full copy"
-        return None, trained, "copies of what trains"
+        return None, trained + _copied_buffers(decoder), "copies of what trains"
     if decoder.adapters is not None and spec.has_model_of(module.spec):
         if spec.adapter is None and not changes_model(decoder.adapters.config):
             return None, 0, "the adapter off"
@@ -218,6 +218,14 @@ def _reference(
             return None, trained, "an adapter of its own"
     network = outline(mode, spec, module.disable_dropout, "reference")
     return network, network.bytes(placement), "a network of its own"
+
+
+def _copied_buffers(decoder: Decoder) -> int:
+    """Bytes of the buffers in the modules that train, which are copied with them."""
+    assert decoder.blocks is not None
+    modules = [decoder.model.get_submodule(name) for name in decoder.blocks.blocks + decoder.blocks.after]
+    copied = [module for module in modules if any(p.requires_grad for p in module.parameters())]
+    return sum(buffer.numel() * buffer.element_size() for module in copied for buffer in module.buffers())
 
 
 def _rewards(mode: FakeTensorMode, module: RLHFModule) -> list[Classifier]:

@@ -144,7 +144,7 @@ def _devices(trainer: Mapping[str, Any]) -> int:
     if isinstance(devices, list):
         return len(devices) * nodes
     try:
-        count = int(devices)
+        count = int(str(devices))
     except (TypeError, ValueError):
         count = -1
     if count < 1:
