@@ -63,7 +63,7 @@ class RewardModule(ScoringModule):
         disable_dropout: bool = True,
         **kwargs: Any,
     ) -> None:
-        if "evaluation_sampling" in kwargs:
+        if kwargs.pop("evaluation_sampling", None) is not None:
             raise TypeError("`evaluation_sampling` is no argument of RewardModule, which writes nothing: leave it out.")
         super().__init__(model, disable_dropout=disable_dropout, **kwargs)
         if not 0.0 <= label_smoothing < 0.5:
