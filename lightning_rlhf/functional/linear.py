@@ -41,7 +41,7 @@ def is_of_intel() -> bool:
     Returns:
         The answer; False where torch does not say.
     """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return str(capabilities.get("cpu_name", "")).startswith("Intel")
 
 
