@@ -11,7 +11,11 @@ from tests.distributed import cases
 from tests.distributed.cases import OF_TWO, ONLY, PROMPTS, SAME, early_letters
 from tests.distributed.spawn import spawned
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The tokenizer has 8 tokens and the model 7 rows")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),  # the first test of a strategy waits for all of its cases
+    pytest.mark.filterwarnings("ignore:The tokenizer has 8 tokens and the model 7 rows"),
+]
 
 
 @pytest.fixture(scope="module", params=["ddp", "rlhf_fsdp2"])

@@ -391,7 +391,8 @@ def test_what_fails_before_it_lets_the_other_processes_go_on():
     assert said[2] == said[0]
 
     elsewhere, passes, said = in_step(needs=said[0])
-    results = CombinedReward([elsewhere, (share, 1.0)])(written([[1]], [[2]]), word_tokenizer())
+    rollouts = replace(written([[1]], [[2]]), responses=["b"])
+    results = CombinedReward([elsewhere, (share, 1.0)])(rollouts, word_tokenizer())
     assert passes == []  # and the run is about to end
     assert list(results.by_name) == ["GPT2ForSequenceClassification", "share"]
 
