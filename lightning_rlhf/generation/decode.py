@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,8 @@ class DecodeLoop:
             transformers' ``StopStringCriteria``.
         with_final_values: Whether to read the value after the last token of responses that are cut off.
         trunk_bytes: Memory that the states of frozen blocks may take; more are not kept.
+        goes_on: Says, of whether some row here has not ended, whether to read on: where weights are gathered for every
+            token, as long as any process does.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class DecodeLoop:
         stopping: Any = None,
         with_final_values: bool = False,
         trunk_bytes: int = 0,
+        goes_on: Callable[[bool], bool] = bool,
     ) -> None:
         self.policy = policy
         self.sampling = sampling
@@ -73,6 +77,7 @@ class DecodeLoop:
         self.stopping = stopping
         self.with_final_values = with_final_values
         self.trunk_bytes = trunk_bytes
+        self.goes_on = goes_on
 
     @torch.no_grad()
     def __call__(
@@ -111,23 +116,25 @@ class DecodeLoop:
             text.repeat(group_size)
             step = step.repeated(group_size)
         trunk = _TrunkColumns(step.trunk, self.sampling.max_new_tokens, self.trunk_bytes)
+        remaining = batch
         for t in range(self.sampling.max_new_tokens):
             tokens, logprobs, kept = draw(
                 step.logits, uniforms[rows, t], self.sampling, self._forbidden(t, step.logits)
             )
-            out.write(t, rows[alive], alive, tokens, logprobs, step.values, kept)
+            if remaining:
+                out.write(t, rows[alive], alive, tokens, logprobs, step.values, kept)
             ended = torch.isin(tokens, eos)
             if self.stopping is not None:
                 ended |= self.stopping(out.tokens[rows, : t + 1], None)
             alive &= ~ended
             remaining = int(alive.sum())
             is_last = t + 1 == self.sampling.max_new_tokens
-            if remaining == 0 or (is_last and not self.with_final_values):
+            if not self.goes_on(remaining > 0) or (is_last and not self.with_final_values):
                 break
             text.append(tokens)
             cache = step.cache
-            if len(rows) - remaining >= DROP_FINISHED_AT * len(rows):
-                index = alive.nonzero().squeeze(1)
+            if len(rows) > 1 and len(rows) - remaining >= DROP_FINISHED_AT * len(rows):
+                index = alive.nonzero().squeeze(1) if remaining else torch.zeros_like(rows[:1])
                 rows, alive = rows[index], alive[index]
                 text.select(index)
                 if cache is not None:

@@ -80,16 +80,21 @@ def install(model: PreTrainedModel) -> bool:
     Returns:
         Whether it asks transformers for its attention function at all, and would have asked for SDPA.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     config = model.config
     if not getattr(model, "_supports_attention_backend", False) or config._attn_implementation != "sdpa":
         return False
-    AttentionInterface.register(ATTENTION, rows_attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    register()
     config._attn_implementation = ATTENTION
     return True
+
+
+def register() -> None:
+    """Tells transformers of :func:`rows_attention`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, rows_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def uninstall(model: PreTrainedModel) -> None:

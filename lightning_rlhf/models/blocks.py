@@ -64,6 +64,28 @@ def find_blocks(model: nn.Module, layers: int, run: Callable[[], Any], within: s
     return Blocks(blocks, tuple(name for name in late if not any(name.startswith(f"{other}.") for other in late)))
 
 
+def find_stacks(model: nn.Module, run: Callable[[], Any]) -> tuple[str, ...]:
+    """Watches a forward pass for lists of modules each of which is called once, whatever they are called.
+
+    Args:
+        model: Whose pass it is.
+        run: Makes the pass.
+
+    Returns:
+        Names of the modules in the outermost of these lists: the blocks of an encoder, of a decoder, or of both.
+    """
+    began, _ = _times(model, run)
+    stacks: list[str] = []
+    blocks: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{stack}.") for stack in stacks):
+            names = [f"{name}.{i}" for i in range(len(module))]
+            if all(len(began[block]) == 1 for block in names):
+                stacks.append(name)
+                blocks += names
+    return tuple(blocks)
+
+
 def _times(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """When, in a pass, the forward of every module began and ended."""
     began: dict[str, list[int]] = defaultdict(list)

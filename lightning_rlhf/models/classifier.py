@@ -14,6 +14,7 @@ from jaxtyping import Float
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_rlhf.models.blocks import find_stacks
 from lightning_rlhf.models.headed import HeadedModel
 from lightning_rlhf.models.loading import ModelSpec, check_folder
 from lightning_rlhf.models.outputs import same_logits
@@ -97,6 +98,7 @@ class Classifier:
         labels: How many logits it gives.
         pools_by_pad: Whether it looks for its last token by the id of PAD.
         pads: Whether a row's logits are the same beside longer ones.
+        blocks: Names of its blocks, as far as they were found.
     """
 
     def __init__(self, model: Any, pad: int | None = None) -> None:
@@ -133,13 +135,26 @@ class Classifier:
         Returns:
             In single precision, on the CPU.
         """
+        return torch.cat([self._run(part, pad) for part, pad in self._passes(rows)])
+
+    def fits_one_pass(self, rows: Sequence[Row]) -> bool:
+        """Whether :meth:`logits` makes one forward pass of rows, and not one of each.
+
+        Args:
+            rows: Without padding.
+
+        Returns:
+            The answer.
+        """
+        return len(self._passes(rows)) == 1
+
+    def _passes(self, rows: Sequence[Row]) -> list[tuple[Sequence[Row], int | None]]:
+        """Rows that go together, and what they are filled up with."""
         if not self.pools_by_pad and self.pad is not None:
-            return self._run(rows, self.pad)
+            return [(rows, self.pad)]
         held = {token for row in rows for token in row["input_ids"]}
         unused = next((token for token in range(self.rows) if token not in held), None)
-        if unused is not None:
-            return self._run(rows, unused)
-        return torch.cat([self._run([row], None) for row in rows])
+        return [(rows, unused)] if unused is not None else [([row], None) for row in rows]
 
     @torch.no_grad()
     def _run(self, rows: Sequence[Row], pad: int | None) -> Tensor:
@@ -169,6 +184,7 @@ class Classifier:
             )
         pools_by_pad = not torch.equal(alone, self._run([row], row["input_ids"][-1]))
         self.pools_by_pad = pools_by_pad
+        self.blocks = find_stacks(self.model, lambda: self._run([row], letters[-1]))
         longer = {"input_ids": [*letters[:3], *letters[:3], *ends]}
         beside = self.logits([row, longer])[:1]
         precision = self.model.get_input_embeddings().weight.dtype  # in which the logits were made

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_rlhf.batches import Rollouts
+from lightning_rlhf.models.offloading import fetched
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.weights import load_whole_state, whole, whole_state
 
@@ -23,11 +24,15 @@ class Reference:
     Args:
         network: All that it has of its own; frozen here.
         is_named: Whether a name or folder says where its weights come from; if not, they are part of its state.
+
+    Attributes:
+        waits: Whether it is in host memory while it is not asked.
     """
 
     def __init__(self, network: nn.Module, is_named: bool) -> None:
         self.network = network.requires_grad_(False).eval()
         self.is_named = is_named
+        self.waits = False
         self._fingerprint: str | None = None  # of weights that do not change, and may take minutes to read
         self._expected: str | None = None  # what a checkpoint said
 
@@ -70,7 +75,8 @@ class Reference:
         Returns:
             In single precision or more, 0 in the padding.
         """
-        with self.in_place():
+        here = fetched(self.network, rollouts.response_mask.device) if self.waits else nullcontext()
+        with here, self.in_place():
             return self.reader.scored(rollouts, size, tokens, most)
 
     def weights(self) -> Mapping[str, Tensor]:

@@ -8,26 +8,22 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Self
 
-import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lightning_rlhf.chance import derived_seed
 from lightning_rlhf.data.base import RLHFDataModule, run_seed
 from lightning_rlhf.data.settled import count_logged, go_on_with_a_new_epoch
 from lightning_rlhf.generation.sampling import Sampling, SamplingChanges
 from lightning_rlhf.models.activations import fuse_activations
-from lightning_rlhf.models.compiling import compile_blocks
 from lightning_rlhf.models.critics import Critic
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.dropout import disable_dropout
 from lightning_rlhf.models.encoder_decoder import decoder_of
 from lightning_rlhf.models.freezing import freeze
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, load_tokenizer
+from lightning_rlhf.models.offloading import wait
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.probing import probe
 from lightning_rlhf.models.quantization import is_quantized
@@ -35,6 +31,7 @@ from lightning_rlhf.models.recomputation import recompute_activations
 from lightning_rlhf.models.reference import Reference
 from lightning_rlhf.models.vocabulary import SpecialTokens, fit_embeddings
 from lightning_rlhf.modules.arguments import plain_arguments, reject_unknown
+from lightning_rlhf.modules.building import BuiltModule
 from lightning_rlhf.modules.evaluation import expect
 from lightning_rlhf.modules.imports import check_datamodule, warn_of_the_other
 from lightning_rlhf.modules.optimization import (
@@ -45,12 +42,10 @@ from lightning_rlhf.modules.optimization import (
     parameter_groups,
 )
 from lightning_rlhf.modules.ranks import take_over
-from lightning_rlhf.modules.saving import SavedModule
 from lightning_rlhf.modules.signals import EndTogether
 from lightning_rlhf.modules.trainer_checks import check_precision
 from lightning_rlhf.strategies.checkpoint_io import make_checkpoints_atomic
 from lightning_rlhf.strategies.fsdp2 import check_strategy
-from lightning_rlhf.strategies.sharding import shard
 
 _WRONG_ADVICE = (
     "You defined a `validation_step` but have no `val_dataloader`",  # not every run is evaluated
@@ -59,7 +54,7 @@ _WRONG_ADVICE = (
 """What Lightning warns of that does not hold for these modules."""
 
 
-class RLHFModule(SavedModule):
+class RLHFModule(BuiltModule):
     """A policy that learns.
 
     Args:
@@ -128,25 +123,9 @@ class RLHFModule(SavedModule):
             self._tokenizer = load_tokenizer(self._tokenizer, self.spec)
         return self._tokenizer
 
-    def configure_model(self) -> None:
-        """Builds the networks; the same on every rank, whatever was drawn before. Does nothing a second time."""
-        if not self.is_built:
-            with isolate_rng():
-                torch.manual_seed(derived_seed(self.seed, "build"))
-                self.build()
-        strategy = getattr(self._trainer, "strategy", None)
-        if isinstance(strategy, ModelParallelStrategy):
-            shard(
-                self.policy, self.reference, strategy.device_mesh["data_parallel"], self.trainer.precision, self.critic
-            )
-        data = getattr(self._trainer, "datamodule", None)
-        if isinstance(data, RLHFDataModule):
-            data.tokenizer, data.max_tokens = self.tokenizer, self.max_prompt_tokens
-            decoder = self.policy.decoder
-            data.has_encoder, data.max_response_tokens = decoder.has_encoder, decoder.response_room
-
     def build(self) -> None:
         """Makes the policy, under a random state that depends on the seed alone."""
+        self._dropout = []
         decoder = self.load_decoder(self.spec)
         if is_quantized(decoder.model) and decoder.adapters is None and self.spec.num_layers_unfrozen != 0:
             raise ValueError(
@@ -157,9 +136,7 @@ class RLHFModule(SavedModule):
         freeze(decoder, self.spec.num_layers_unfrozen)
         self.policy = Policy(decoder, self.sampling.temperature or 1.0)
         self.make_critic()
-        if self.compile_options is not False:
-            for network in (decoder, *([] if self.critic is None else [self.critic.decoder])):
-                compile_blocks(network, **({} if self.compile_options is True else self.compile_options))
+        self.compile_policy()
         # From here on the mode is Lightning's: it leaves a model in evaluation mode as it is, without dropout.
         self.policy.train()
         self.special_tokens = SpecialTokens.of(self.tokenizer, self.policy.decoder.model)
@@ -180,7 +157,7 @@ class RLHFModule(SavedModule):
         from lightning_rlhf.models.linear import speed_up_linears  # imports transformers
 
         model = self.load_network(spec) if model is None else model
-        if not spec.is_named and self._trainer is not None:
+        if not (spec.is_named or self._trainer is None or self.builds_for_all):
             take_over(model, self._trainer.strategy.root_device)  # an object need not be the same everywhere
         new_rows = fit_embeddings(model, self.tokenizer)
         adapters = spec.adapt(model)
@@ -228,15 +205,12 @@ class RLHFModule(SavedModule):
         probe(decoder)
         return decoder
 
-    @property
-    def max_prompt_tokens(self) -> int | None:
-        """How long a row of data may be, in tokens; None is no limit."""
-        return self.policy.decoder.prompt_room(0)
-
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         reference = self.__dict__.get("reference")
         if reference is not None:  # it stays out of the module tree, but goes where the policy goes
             reference.network._apply(fn)
+            if reference.waits:
+                wait(reference.network, shared=self.policy)
         return super()._apply(fn, recurse)
 
     # --- training -----------------------------------------------------------------------------------------------

@@ -74,6 +74,11 @@ class ActorCriticModule(OnlineModule):
     # --- networks -----------------------------------------------------------------------------------------------
 
     @property
+    def specs(self) -> list[ModelSpec]:
+        """With the critic's."""
+        return [*super().specs, *([] if self.critic_spec is None else [self.critic_spec])]
+
+    @property
     def sampler_keeps_values(self) -> bool:
         """Whether values are read off the policy's own last states, so that the sampler has them."""
         return self.num_value_layers_unfrozen == 0 and self.critic_spec is None

@@ -231,6 +231,8 @@ class PromptEvaluation(EvaluatedModule):
             if len(rollouts):
                 scores = self.reward(rollouts, self.tokenizer)
                 metrics = {} if self.metric_fn is None else self._metrics(self.metric_fn, rollouts)
+            else:
+                self.reward.stand_by()
         except Exception as failure:
             error = failure
         agree(error, f"`reward` {self.reward.name!r} or `metric_fn`", len(rollouts), self.device)

@@ -17,23 +17,18 @@ from lightning_rlhf.chance import row_uniforms
 from lightning_rlhf.data.base import RLHFDataModule
 from lightning_rlhf.functional.masked import moments, whiten
 from lightning_rlhf.generation.sampling import Sampling, SamplingLike
-from lightning_rlhf.models.adapter_reference import on_the_same_model
-from lightning_rlhf.models.hydra import reference_of
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, check_frozen
-from lightning_rlhf.models.policy import Policy
-from lightning_rlhf.models.reference import Reference
-from lightning_rlhf.modules.evaluation import PromptEvaluation
-from lightning_rlhf.modules.manual import ManualModule
+from lightning_rlhf.modules.networks import OnlineNetworks
 from lightning_rlhf.modules.ranks import most_over_ranks, rank, sum_over_ranks, world_size
 from lightning_rlhf.modules.resuming import STATE
 from lightning_rlhf.modules.sampler import SamplerCorrection
 from lightning_rlhf.modules.scaling import RewardScaling, ScoreScaler
-from lightning_rlhf.modules.scoring import load_models, scored
+from lightning_rlhf.modules.scoring import scored
 from lightning_rlhf.rewards.combine import CombinedReward, RewardLike
 from lightning_rlhf.rewards.metrics import MetricFunction, MetricLike
 
 
-class OnlineModule(PromptEvaluation, ManualModule):
+class OnlineModule(OnlineNetworks):
     """A policy that learns from what it writes; an algorithm adds :meth:`experience` and :meth:`loss`.
 
     One ``training_step`` is one iteration. Defaults are trlX's where it has one.
@@ -55,6 +50,8 @@ class OnlineModule(PromptEvaluation, ManualModule):
         missing_eos_penalty: Taken off the score of a response that was cut off, before clipping.
         reward_in_background: Whether rewards work in a thread of their own while the reference reads, for those that
             wait for an endpoint.
+        offload_frozen: Whether reference and reward models are in host memory while they are not asked, at the price of
+            the time in which they come to the device. (A ``RewardModel(device=...)`` stays where it is.)
         metric_fn: Called in evaluation as a reward is; returns a dict of numbers, which are logged under their names.
         trunk_gib: Memory, in GiB and per process, that what frozen blocks made of an iteration's tokens may take. It is
             kept so that they run once; where it would take more they run in every pass, with the same result.
@@ -82,6 +79,7 @@ class OnlineModule(PromptEvaluation, ManualModule):
         reward_scaling: RewardScaling | None = None,
         missing_eos_penalty: float | None = None,
         reward_in_background: bool = False,
+        offload_frozen: bool = False,
         metric_fn: MetricLike | None = None,
         trunk_gib: float = 4.0,
         recompute_logprobs: bool = False,
@@ -101,6 +99,7 @@ class OnlineModule(PromptEvaluation, ManualModule):
             )
         self.reward = CombinedReward(reward)
         self.reward_in_background = reward_in_background
+        self.offload_frozen = offload_frozen
         self._ahead: Tensor | None = None  # log-probs under the reference, read while the reward worked
         self.reference_spec = None if reference is None else ModelSpec.of(reference)
         if self.reference_spec is not None:
@@ -244,20 +243,6 @@ class OnlineModule(PromptEvaluation, ManualModule):
         self._began = None
         if self.reference is not None:
             self.reference.check()
-
-    def build(self) -> None:
-        """Makes the policy and, if one will be read, the reference."""
-        super().build()
-        load_models(self.reward, self._trainer)
-        if self.kl_coef == 0:
-            return
-        if self.reference_spec is None:
-            self.reference = reference_of(self.policy, self.spec.is_named)
-            return
-        self.reference = on_the_same_model(self.policy, self.spec, self.reference_spec)
-        if self.reference is None:
-            network = Policy(self.load_decoder(self.reference_spec), self.policy.temperature)
-            self.reference = Reference(network, self.reference_spec.is_named)
 
     @property
     def max_prompt_tokens(self) -> int | None:

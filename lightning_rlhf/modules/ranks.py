@@ -61,6 +61,19 @@ def most_over_ranks(number: int, device: torch.device) -> int:
     return int(gather_over_ranks(torch.tensor(number, device=device)).max())
 
 
+def any_over_ranks(here: bool, device: torch.device) -> bool:
+    """Whether something is so on some process; a collective.
+
+    Args:
+        here: Whether it is on this one.
+        device: On which processes talk.
+
+    Returns:
+        The answer, on all.
+    """
+    return most_over_ranks(int(here), device) > 0
+
+
 def agree(error: Exception | None, what: str, rows: int, device: torch.device) -> int:
     """Raises on all processes if one of them has an error, so that none waits for another; a collective.
 

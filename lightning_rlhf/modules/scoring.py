@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_rlhf.batches import Rollouts, Scores
-from lightning_rlhf.modules.ranks import agree, take_over
+from lightning_rlhf.modules.ranks import agree, most_over_ranks, take_over
 from lightning_rlhf.rewards.combine import CombinedReward
+from lightning_rlhf.rewards.model import RewardModel
+from lightning_rlhf.strategies.sharding import shard_classifier
 
 
 def scored(
@@ -47,14 +51,36 @@ def scored(
     return scores, agree(error, f"`reward` {reward.name!r}", len(rollouts), device)
 
 
-def load_models(reward: CombinedReward, trainer: Any) -> None:
-    """Reads the rewards that are networks, so that what is wrong with one is said before anything is written.
+def load_models(models: Sequence[RewardModel], trainer: Any) -> None:
+    """Reads rewards that are networks, so that what is wrong with one is said before anything is written.
 
     Args:
-        reward: All rewards.
-        trainer: Whose processes are to have the same network where it is an object; None outside of one.
+        models: Of the rewards.
+        trainer: Whose processes are to have the same network where it is an object; None if this one is alone.
     """
-    for model in reward.models:
+    for model in models:
         network = model.load().model
         if trainer is not None and not model.spec.is_named and not getattr(network, "is_quantized", False):
             take_over(network, trainer.strategy.root_device)  # an object need not be the same everywhere
+
+
+def shard_models(models: Sequence[RewardModel], mesh: DeviceMesh, device: torch.device, in_background: bool) -> None:
+    """Shards rewards that are networks; does nothing a second time.
+
+    Args:
+        models: Of the rewards, those that are to be sharded.
+        mesh: Of one dimension.
+        device: On which processes talk.
+        in_background: Whether rewards work while something else does.
+
+    Raises:
+        ValueError: If they do: processes would come to their exchanges in different orders.
+    """
+    for model in models:
+        if in_background:
+            raise ValueError(
+                f"`reward_in_background=True`: the reward model {model.name!r} is sharded, and processes would wait "
+                "for each other for ever: leave it out, or pass `RewardModel(..., sharded=False)`."
+            )
+        shard_classifier(model.load(), mesh)
+        model.most = partial(most_over_ranks, device=device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -20,6 +21,7 @@ from lightning_rlhf.generation.stopping import stop_criteria
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.vocabulary import SpecialTokens
 from lightning_rlhf.modules.arguments import Remembering
+from lightning_rlhf.modules.ranks import any_over_ranks
 from lightning_rlhf.strategies.sharding import held
 
 
@@ -77,11 +79,13 @@ class TextModule(Remembering, L.LightningModule, ABC):
             The responses, those to a prompt one after the other.
         """
         stopping = self._criteria(sampling.stop)
-        loop = DecodeLoop(self.policy, sampling, self.special_tokens, stopping, with_final_values, trunk_bytes)
+        holds = getattr(getattr(self._trainer, "strategy", None), "hold_weights", True)
+        goes_on = bool if holds else partial(any_over_ranks, device=prompt_tokens.device)
+        loop = DecodeLoop(self.policy, sampling, self.special_tokens, stopping, with_final_values, trunk_bytes, goes_on)
         was_training = self.policy.training
         self.policy.eval()
         try:
-            with held(self.policy), self._eager():
+            with held(self.policy) if holds else nullcontext(), self._eager():
                 return loop(prompt_tokens, prompt_mask, uniforms, group_size)
         finally:
             self.policy.train(was_training)

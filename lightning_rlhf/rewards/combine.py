@@ -67,7 +67,7 @@ class CombinedReward:
         device, shape = rollouts.response_mask.device, rollouts.response_mask.shape
         for model in self.models:
             model.to(device)
-        results = {reward.name: reward(rollouts, tokenizer) for reward in self.rewards}
+        results = self._results(rollouts, tokenizer)
         by_name: dict[str, Tensor] = {}
         tokens_by_name: dict[str, Tensor] = {}
         for name, scores in results.items():
@@ -85,6 +85,26 @@ class CombinedReward:
             )
         total, token_scores = weighted_sum(by_name, tokens_by_name, self.weight_by_name, rollouts.sampled_mask)
         return Scores(total=total, by_name=by_name, token_scores=token_scores, tokens_by_name=tokens_by_name)
+
+    def _results(self, rollouts: Rollouts, tokenizer: Any) -> dict[str, Any]:
+        """What every reward says; models come last, since for one that is sharded processes wait for each other."""
+        results: dict[str, Any] = {}
+        waiting = self.models
+        try:
+            for reward in sorted(self.rewards, key=lambda reward: isinstance(reward.function, RewardModel)):
+                if isinstance(reward.function, RewardModel):
+                    waiting.pop(0)
+                results[reward.name] = reward(rollouts, tokenizer)
+        except Exception:
+            for model in waiting:
+                model.give_up()
+            raise
+        return {reward.name: results[reward.name] for reward in self.rewards}
+
+    def stand_by(self) -> None:
+        """Takes part in what processes do together, where this one has nothing to score."""
+        for model in self.models:
+            model([], [])
 
     @property
     def weight_by_name(self) -> dict[str, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -14,8 +15,12 @@ from torch import Tensor
 from lightning_rlhf.dotted import dotted_name
 from lightning_rlhf.models.classifier import Classifier, Row, is_classifier_object, load_classifier
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, load_tokenizer
+from lightning_rlhf.models.offloading import HOST, fetched
 from lightning_rlhf.models.scorer_loading import stored
 from lightning_rlhf.rewards.texts import READS, TextReader, continuations
+
+_GIVEN_UP = 2**40
+"""More forward passes than there ever are."""
 
 
 class RewardModel:
@@ -46,7 +51,14 @@ class RewardModel:
         batch_tokens: Tokens of a forward pass, padding included; texts of alike length go together. It changes time
             and memory, never a score.
         device: Where it stays, such as ``"cpu"``; by default it goes where the policy goes.
+        sharded: Whether it is sharded where the policy is, unless a ``device`` holds it. All processes then score in
+            step; a small one may as well be whole on each.
         name: Under which it is logged; the last part of its folder or hub name by default.
+
+    Attributes:
+        shards: Whether it is to be sharded.
+        most: Says, of the passes that this process needs, how many all make: where it is sharded, the most of all.
+        waits: Whether it is in host memory while it is not asked.
 
     Example:
         >>> RewardModel("org/polite-classifier", label="polite", output="probability").name
@@ -65,6 +77,7 @@ class RewardModel:
         max_tokens: int | None = None,
         batch_tokens: int = 8192,
         device: str | None = None,
+        sharded: bool = True,
         name: str | None = None,
     ) -> None:
         self._given = {
@@ -76,6 +89,7 @@ class RewardModel:
             "max_tokens": max_tokens,
             "batch_tokens": batch_tokens,
             "device": device,
+            "sharded": sharded,
             "name": name,
         }
         self.spec = ModelSpec.of(model)
@@ -84,10 +98,7 @@ class RewardModel:
                 f"`model={type(self.spec.model).__name__}` must be a trained classifier: a hub name, a folder, or the "
                 "object itself."
             )
-        for argument, value, known in (
-            ("output", output, ("logit", "probability")),
-            ("reads", reads, (*READS, None)),
-        ):
+        for argument, value, known in (("output", output, ("logit", "probability")), ("reads", reads, (*READS, None))):
             if value not in known:
                 raise ValueError(f"`{argument}={value!r}` must be one of {', '.join(map(repr, known))}.")
         for argument, number in {"max_tokens": max_tokens, "batch_tokens": batch_tokens}.items():
@@ -100,6 +111,10 @@ class RewardModel:
         self.max_tokens = max_tokens
         self.batch_tokens = batch_tokens
         self.device = None if device is None else torch.device(device)
+        self.shards = sharded and device is None
+        self.most: Callable[[int], int] = int
+        self.waits = False
+        self._place: torch.device | None = None  # where it is asked
         self.name = name or self._own_name()
         self.classifier: Classifier | None = None
         self._tokenizer = tokenizer
@@ -125,16 +140,34 @@ class RewardModel:
             A number each.
         """
         classifier = self.load()
-        if self._reader.reads == "both" and response_tokens is not None and tokenizer is not None:
-            responses = continuations(prompts, responses, response_tokens, tokenizer)
-        rows = self._cut(self._reader.rows(prompts, responses))
-        scores = torch.empty(len(rows), dtype=torch.float32)
-        for batch in self._batches([len(row["input_ids"]) for row in rows]):
-            scores[batch] = self._scores(classifier.logits([rows[i] for i in batch]))
+        try:
+            if self._reader.reads == "both" and response_tokens is not None and tokenizer is not None:
+                responses = continuations(prompts, responses, response_tokens, tokenizer)
+            rows = self._cut(self._reader.rows(prompts, responses)) if responses else []
+            batches = list(self._batches(classifier, rows))
+        except Exception:
+            self.give_up()
+            raise
+        passes = self.most(len(batches))
+        scores = torch.zeros(len(rows), dtype=torch.float32)
+        if passes >= _GIVEN_UP:
+            return scores.tolist()  # which nobody reads
+        with fetched(classifier.model, self._place) if self._place is not None else nullcontext():
+            for batch in batches:
+                scores[batch] = self._scores(classifier.logits([rows[i] for i in batch]))
+            for _ in range(passes - len(batches)):
+                classifier.logits([rows[i] for i in batches[0]] if batches else [{"input_ids": [0, 0]}])
         return scores.tolist()
 
-    def load(self) -> Classifier:
+    def give_up(self) -> None:
+        """Lets processes that wait for this one know that it will not be called: something has failed."""
+        self.most(_GIVEN_UP)
+
+    def load(self, classifier: Classifier | None = None) -> Classifier:
         """Reads and tries out the model; does nothing a second time.
+
+        Args:
+            classifier: The model where another process has done so.
 
         Returns:
             The classifier.
@@ -142,24 +175,27 @@ class RewardModel:
         Raises:
             ValueError: If model, tokenizer and label do not go together.
         """
-        if self.classifier is None:
-            tokenizer = self.tokenizer
-            network: Any = load_classifier(self.spec, "reward") if self.spec.is_named else self.spec.model
-            self._stored = stored(network.config)
+        if classifier is not None or self.classifier is None:
+            self.classifier = classifier or self._read()
+            self._stored = stored(self.classifier.model.config)
             reads = self.reads or self._stored.get("reads", "both")
-            self._reader = TextReader(tokenizer, reads, self.append_eos, self.name)
-            tokens, rows = len(tokenizer), int(network.get_input_embeddings().weight.shape[0])
-            if tokens > rows:
-                raise ValueError(
-                    f"`tokenizer` of the reward model {self.name!r} has {tokens} tokens, and the model {rows} rows: it "
-                    "is another model's. Pass its own."
-                )
-            classifier = Classifier(network, tokenizer.pad_token_id)
-            self._check_label(classifier)
-            self.classifier = classifier
-            if self.device is not None:
-                self._move(self.device)
+            self._reader = TextReader(self.tokenizer, reads, self.append_eos, self.name)
+            home = HOST if self.waits else self.device
+            if home is not None:
+                self._move(home)
         return self.classifier
+
+    def _read(self) -> Classifier:
+        network: Any = load_classifier(self.spec, "reward") if self.spec.is_named else self.spec.model
+        tokens, rows = len(self.tokenizer), int(network.get_input_embeddings().weight.shape[0])
+        if tokens > rows:
+            raise ValueError(
+                f"`tokenizer` of the reward model {self.name!r} has {tokens} tokens, and the model {rows} rows: it "
+                "is another model's. Pass its own."
+            )
+        classifier = Classifier(network, self.tokenizer.pad_token_id)
+        self._check_label(classifier)
+        return classifier
 
     def to(self, device: torch.device) -> None:
         """Goes where the policy is, unless it was told where to stay.
@@ -167,7 +203,9 @@ class RewardModel:
         Args:
             device: Of the policy.
         """
-        if self.classifier is not None and self.device is None:
+        if self.waits:
+            self._place = device
+        elif self.classifier is not None and self.device is None:
             self._move(device)
 
     @property
@@ -216,19 +254,19 @@ class RewardModel:
 
     # --- numbers ------------------------------------------------------------------------------------------------
 
-    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Numbers of rows that are scored together, the longest first, so that too little memory shows at once."""
-        assert self.classifier is not None
+    def _batches(self, classifier: Classifier, rows: Sequence[Row]) -> Iterator[list[int]]:
+        """Numbers of rows of one forward pass each, the longest first, so that too little memory shows at once."""
+        lengths = [len(row["input_ids"]) for row in rows]
         batch: list[int] = []
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            longest = lengths[batch[0]] if batch else lengths[i]
+        for i in [*sorted(range(len(rows)), key=lambda i: -lengths[i]), None]:
+            longest = lengths[batch[0]] if batch else 0
             is_full = longest * (len(batch) + 1) > self.batch_tokens
-            if batch and (is_full or (not self.classifier.pads and lengths[i] != longest)):
-                yield batch
+            if batch and (i is None or is_full or (not classifier.pads and lengths[i] != longest)):
+                together = classifier.fits_one_pass([rows[j] for j in batch])
+                yield from [batch] if together else [[j] for j in batch]
                 batch = []
-            batch.append(i)
-        if batch:
-            yield batch
+            if i is not None:
+                batch.append(i)
 
     def _scores(self, logits: Tensor) -> Tensor:
         number = self._label_number(self.classifier)

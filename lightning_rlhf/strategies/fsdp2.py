@@ -20,14 +20,15 @@ NAME = "rlhf_fsdp2"
 class RLHFStrategy(ModelParallelStrategy):
     """FSDP2 over all processes: ``Trainer(strategy="rlhf_fsdp2")``.
 
-    Policy and reference are sharded block by block, and the policy is whole on every process while it writes. Runs on
-    GPUs with NCCL and on CPUs with gloo alike.
+    Policy, reference and reward models are sharded block by block. Runs on GPUs with NCCL and on CPUs with gloo alike.
 
     Args:
         save_distributed_checkpoint: Whether a checkpoint is a folder to which each process writes its shards; if not,
             process 0 puts one file together, for which it needs memory of twice the size.
         process_group_backend: As in Lightning.
         timeout: As in Lightning.
+        hold_weights: Whether the policy is whole on every process while it writes, so that none waits for another at
+            every token. If not, it needs no more memory than it does in training, and is gathered for every token.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class RLHFStrategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        hold_weights: bool = True,
     ) -> None:
         super().__init__(
             data_parallel_size="auto",
@@ -43,6 +45,7 @@ class RLHFStrategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
+        self.hold_weights = hold_weights
 
     def setup_environment(self) -> None:
         """Starts the processes' group, with all of them side by side."""

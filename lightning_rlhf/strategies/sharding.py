@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_rlhf.models.adapter_reference import AdapterReference
 from lightning_rlhf.models.branches import ValueBranch
+from lightning_rlhf.models.classifier import Classifier
 from lightning_rlhf.models.critics import Critic
 from lightning_rlhf.models.hydra import HydraReference
 from lightning_rlhf.models.policy import Policy
@@ -67,8 +69,9 @@ def shard(
             fully_shard(module, reshard_after_forward=True, **options)
     elif reference is not None and not isinstance(reference, AdapterReference):  # that has nothing of its own
         _shard(reference.network, options, reshard_root=True)
-    if isinstance(getattr(policy, "value_branch", None), ValueBranch):
-        for module in policy.value_branch.copies:
+    branch = getattr(policy, "value_branch", None)
+    if isinstance(branch, ValueBranch):
+        for module in branch.copies:
             fully_shard(module, reshard_after_forward=True, **options)
     if critic is not None:
         _shard(critic, options, reshard_root=False)
@@ -77,9 +80,57 @@ def shard(
     for method in ("begin", "next_token", "values"):
         if hasattr(policy, method):  # a reward model writes nothing
             register_fsdp_forward_method(policy, method)
-    for name, parameter in policy.named_parameters():
-        if not isinstance(parameter, DTensor) or parameter.is_meta:
-            raise RuntimeError(f"{name} was not sharded: processes would drift apart without a word.")
+
+
+def shard_classifier(classifier: Classifier, mesh: DeviceMesh) -> None:
+    """Shards a frozen classifier by FSDP2, every block by itself and the rest as one; once.
+
+    It keeps its own type whatever precision the Trainer has.
+
+    Args:
+        classifier: Alike on all processes.
+        mesh: Of one dimension, over which to shard.
+
+    Raises:
+        ValueError: If it is quantised.
+    """
+    if isinstance(classifier.model, FSDPModule):
+        return
+    if is_quantized(classifier.model):
+        raise ValueError(
+            f"`reward`: {type(classifier.model).__name__} is quantised and cannot be sharded, since bitsandbytes knows "
+            "no shards: pass `RewardModel(..., sharded=False)`, which is whole on every process."
+        )
+    for name in classifier.blocks:
+        fully_shard(classifier.model.get_submodule(name), mesh=mesh, reshard_after_forward=True)
+    fully_shard(classifier.model, mesh=mesh, reshard_after_forward=True)
+
+
+def check_sharded(module: nn.Module, *networks: nn.Module) -> None:
+    """Makes sure that whatever trains is sharded, and that everything is there.
+
+    Args:
+        module: All of whose parameters that train must be.
+        *networks: All of whose parameters must be.
+
+    Raises:
+        ValueError: If something of a subclass trains and is not sharded.
+        RuntimeError: If something has no values: Lightning would give it some, and wipe all others out.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            raise ValueError(
+                f"`{name}` of {type(module).__name__} trains and is not sharded, so that processes would drift apart "
+                "without a word: make it a part of `self.policy` in `build`, or use `Trainer(strategy='ddp')`."
+            )
+    for network in (module, *networks):
+        for name, tensor in chain(network.named_parameters(), network.named_buffers()):
+            if tensor.is_meta:
+                raise RuntimeError(
+                    f"`{name}` of {type(network).__name__} is on the meta device and has no values: load it in `build`."
+                )
+            if network is not module and isinstance(tensor, nn.Parameter) and not isinstance(tensor, DTensor):
+                raise RuntimeError(f"`{name}` of {type(network).__name__} was not sharded.")
 
 
 def _shard(policy: Any, options: dict[str, Any], reshard_root: bool) -> None:

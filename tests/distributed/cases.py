@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ import bitsandbytes as bnb
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
@@ -35,12 +40,16 @@ from lightning_rlhf.callbacks import ResponseWriter
 from lightning_rlhf.data.tokens import padded
 from lightning_rlhf.models.reference import fingerprint
 from lightning_rlhf.models.weights import whole, whole_state
+from lightning_rlhf.modules.building import networks_of
 from lightning_rlhf.modules.ranks import rank, world_size
-from tests.networks import ENCODER_DECODERS, bigram, network, tiny_gpt2, word_tokenizer
+from lightning_rlhf.strategies.fsdp2 import RLHFStrategy
+from lightning_rlhf.strategies.sharding import held
+from tests.networks import ARCHITECTURES, ENCODER_DECODERS, bigram, network, tiny_gpt2, word_tokenizer
 from tests.training import Seen, bare_trainer
 
 PROMPTS = ["a b c", "d", "e f", "b a a c", "c", "f e d", "b b", "a"]
 LETTERS = 8  # of the vocabulary, `<eos>` and `<pad>` among them: one token in eight ends a response
+WORDS = 8000  # of the vocabulary of networks whose embedding is to be large
 sgd = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 without_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
@@ -143,8 +152,9 @@ class MeasuredReward(Measured, RewardModule):
     """One that learns to score."""
 
 
-def trainer_of(strategy: str, **flags: Any) -> Any:
+def trainer_of(strategy: Any, **flags: Any) -> Any:
     """All processes of the group, or this one alone."""
+    strategy = strategy if isinstance(strategy, str) else strategy()
     return bare_trainer(strategy=strategy, devices=1 if strategy == "auto" else 2, **flags)
 
 
@@ -207,6 +217,34 @@ ppo_lora = functools.partial(learns, "ppo_lora")
 grpo = functools.partial(learns, "grpo")
 grpo_silent = functools.partial(learns, "grpo_silent")
 grpo_hydra = functools.partial(learns, "grpo_hydra")
+
+
+def by_the_first(write: Any, folder: Path) -> None:
+    """Lets one process write folders, and the others wait for them."""
+    done = folder / "done"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        write(folder)
+        done.touch()
+    while not done.exists():
+        time.sleep(0.02)
+
+
+def _policy_reference_judge(folder: Path) -> None:
+    shape = {"vocab_size": LETTERS - 1, "bos_token_id": LETTERS - 2, "eos_token_id": LETTERS - 2, "pad_token_id": None}
+    for name, layers, seed in (("policy", 3, 1), ("reference", 2, 2)):
+        network(ARCHITECTURES["llama"](num_hidden_layers=layers, **shape), seed=seed).save_pretrained(folder / name)
+    classifier().save_pretrained(folder / "judge")
+    word_tokenizer(LETTERS).save_pretrained(folder / "judge")
+
+
+def ppo_named(strategy: str, folder: Path) -> dict[str, Any]:
+    """Policy, reference and reward model from folders; tokens without a row of their own."""
+    by_the_first(_policy_reference_judge, folder)
+    policy, reference = ModelSpec(folder / "policy"), folder / "reference"
+    module = online(PPOModule, policy, reference=reference, reward=folder / "judge", micro_batch_size=2)
+    return fit(module, PromptDataModule(PROMPTS, batch_size=per_process(8, strategy), seed=3), strategy)
+
+
 ppo_t5 = functools.partial(learns, "ppo_t5")
 ppo_branch = functools.partial(learns, "ppo_branch")
 ppo_t5_branch = functools.partial(learns, "ppo_t5_branch")
@@ -311,25 +349,76 @@ def uneven_rows(strategy: str, folder: Path) -> dict[str, Any]:
     return fit(online(PPOModule, micro_batch_size=2), loader, strategy, max_epochs=2)
 
 
-def classifier() -> Any:
-    """A reward model of random weights, which are others on the second process."""
-    torch.manual_seed(rank())
+def classifier(seed: int = 0) -> Any:
+    """A reward model of random weights."""
+    torch.manual_seed(seed)
     config = tiny_gpt2(LETTERS, layers=2, initializer_range=0.3, num_labels=1)
     return AutoModelForSequenceClassification.from_config(config)
 
 
-def judged(strategy: str, folder: Path) -> dict[str, Any]:
-    """Two iterations on a reward model that each process asks for its own rows."""
-    model = classifier()
-    reward = RewardModel(model, tokenizer=word_tokenizer(LETTERS), append_eos=True, batch_tokens=16)
-    data = PromptDataModule(PROMPTS, batch_size=per_process(8, strategy), seed=3)
-    result = fit(online(PPOModule, reward=reward, normalize_rewards=True), data, strategy, max_epochs=2)
+def judged(strategy: str, folder: Path, sharded: bool = True) -> dict[str, Any]:
+    """Two iterations on a reward model, of unlike weights at first, which scores each process's own rows."""
+    reward = RewardModel(
+        classifier(rank()), tokenizer=word_tokenizer(LETTERS), append_eos=True, batch_tokens=18, sharded=sharded
+    )
+    most = []
+    data = PromptDataModule(PROMPTS, validation=["a b"], batch_size=per_process(8, strategy), seed=3)
+    module = online(PPOModule, reward=reward, normalize_rewards=True)
+    result = fit(module, data, strategy, max_epochs=2, callbacks=[Passes(reward, most)])
+    expected = classifier().eval()
     for experience in result["experiences"]:
         texts = [f"{p} {r}".split() for p, r in zip(experience["prompts"], experience["responses"], strict=True)]
         rows = [[ord(word) - ord("a") for word in words] + [LETTERS - 2] for words in texts]
         with torch.no_grad():  # one by one, without padding
-            experience["expected"] = [float(model(torch.tensor([row])).logits) for row in rows]
-    return {**result, "judge": fingerprint(model)}
+            experience["expected"] = [float(expected(torch.tensor([row])).logits) for row in rows]
+    judge = reward.classifier.model
+    local = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in judge.parameters())
+    return {**result, "judge": fingerprint(judge), "here": local, "passes": most}
+
+
+class Passes(Callback):
+    """Counts the forward passes of a reward model in every iteration: those that its rows need, and all."""
+
+    def __init__(self, reward: RewardModel, counts: list[Any]) -> None:
+        self.reward, self.counts = reward, counts
+        self.needed = self.made = 0
+
+    def on_train_start(self, trainer, module) -> None:
+        most = self.reward.most
+        self.reward.classifier.model.register_forward_hook(self._count)
+        self.reward.most = lambda number: self._need(number, most(number))
+
+    def _need(self, number: int, most: int) -> int:
+        self.needed += number
+        return most
+
+    def _count(self, *args: Any) -> None:
+        self.made += 1
+
+    def on_train_batch_start(self, trainer, module, *args) -> None:
+        self.needed = self.made = 0
+
+    def on_train_batch_end(self, trainer, module, *args) -> None:
+        self.counts.append((self.needed, self.made))
+
+
+judged_whole = functools.partial(judged, sharded=False)
+
+
+def failing_beside(strategy: str, folder: Path) -> str:
+    """What is said where, beside a reward model, another reward fails on the second process alone."""
+
+    def judge(prompts, responses):
+        if rank() == 1:
+            raise KeyError("answer")
+        return [0.0] * len(responses)
+
+    model = RewardModel(classifier(), tokenizer=word_tokenizer(LETTERS))
+    try:
+        fit(online(PPOModule, reward=[model, judge]), PromptDataModule(PROMPTS, batch_size=4), strategy, max_epochs=1)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def eight_bit(strategy: str, folder: Path) -> dict[str, Any]:
@@ -407,7 +496,21 @@ resumed = functools.partial(resumed_by, functools.partial(online, PPOModule, pol
 resumed_whole = functools.partial(resumed_by, functools.partial(online, PPOModule))
 resumed_lora = functools.partial(resumed_by, lambda **more: online(PPOModule, with_adapter(), **more))
 resumed_critic = functools.partial(resumed_by, functools.partial(online, PPOModule, critic=policy_of(1)))
+resumed_t5 = functools.partial(resumed_by, lambda **more: online(PPOModule, t5(1, layers=3), **more))
 resumed_grpo = functools.partial(resumed_by, functools.partial(online, GRPOModule, group_size=4))
+
+
+def in_step(strategy: str, folder: Path) -> dict[str, Any]:
+    """What is written with the policy left in shards, by processes of which one is done at once."""
+    strategy = functools.partial(RLHFStrategy, hold_weights=False)
+    return {**one_writes_on(strategy, folder, micro_batch_size=1), "gathers": gathered(strategy, folder)}
+
+
+def one_file(strategy: str, folder: Path) -> dict[str, Any]:
+    """A run that goes on from a checkpoint that the first process put together."""
+    build = functools.partial(online, PPOModule, policy_of(2, layers=6))
+    result = resumed_by(build, functools.partial(RLHFStrategy, save_distributed_checkpoint=False), folder)
+    return {**result, "is_file": (folder / "kept/step=6.ckpt").is_file()}
 
 
 def gathered(strategy: str, folder: Path) -> list[int]:
@@ -425,11 +528,11 @@ def gathered(strategy: str, folder: Path) -> list[int]:
     return counts
 
 
-def exported_by(policy: Any, auto: Any, strategy: str, folder: Path) -> float:
+def exported_by(policy: Any, auto: Any, strategy: str, folder: Path, **options: Any) -> float:
     """How far a folder's weights are from those that were sharded."""
     module = online(PPOModule, policy())
     trainer_of(strategy, max_epochs=1).fit(module, datamodule=PromptDataModule(PROMPTS, batch_size=4))
-    module.save_pretrained(folder / "out")
+    module.save_pretrained(folder / "out", **options)
     dist.barrier()
     saved = auto.from_pretrained(folder / "out").state_dict()
     own = whole_state(module.policy.decoder.model)
@@ -438,6 +541,81 @@ def exported_by(policy: Any, auto: Any, strategy: str, folder: Path) -> float:
 
 exported = functools.partial(exported_by, functools.partial(policy_of, 2), AutoModelForCausalLM)
 exported_t5 = functools.partial(exported_by, t5, AutoModelForSeq2SeqLM)
+
+
+def exported_lora(strategy: str, folder: Path) -> float:
+    """How far the logits of a merged folder are from those of the shards it was made of."""
+    module = online(PPOModule, with_adapter())
+    trainer_of(strategy, max_epochs=1).fit(module, datamodule=PromptDataModule(PROMPTS, batch_size=4))
+    module.save_pretrained(folder / "out", merge_adapter=True)
+    dist.barrier()
+    tokens, mask = module.policy.decoder.sample()
+    with torch.no_grad(), held(module.policy):
+        own = module.policy.decoder(tokens, mask, keep=4).logits
+        saved = AutoModelForCausalLM.from_pretrained(folder / "out")(input_ids=tokens).logits[:, -4:]
+    return float((saved - own).abs().max())
+
+
+class Largest(TorchDispatchMode):
+    """The memory of the largest tensor that was made, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, DTensor) and not tensor.is_meta:
+                self.size = max(self.size, tensor.untyped_storage().nbytes())
+        return output
+
+
+def _networks(folder: Path) -> None:
+    shape = {"vocab_size": WORDS, "bos_token_id": 0, "eos_token_id": WORDS - 2, "pad_token_id": WORDS - 1}
+    network(tiny_gpt2(WORDS)).save_pretrained(folder / "gpt2")
+    network(ARCHITECTURES["llama"](**shape)).save_pretrained(folder / "llama")
+    less = {**shape, "vocab_size": WORDS - 4, "eos_token_id": 0, "pad_token_id": 0}
+    network(ARCHITECTURES["llama"](**less), seed=1).save_pretrained(folder / "more")
+    t5 = ENCODER_DECODERS["t5"](num_decoder_layers=3, **shape, decoder_start_token_id=WORDS - 1)
+    network(t5).save_pretrained(folder / "t5")
+    AutoModelForSequenceClassification.from_config(tiny_gpt2(WORDS, num_labels=1)).save_pretrained(folder / "judge")
+    word_tokenizer(WORDS).save_pretrained(folder / "judge")
+    fields = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "llama"), fields).save_pretrained(folder / "adapter")
+
+
+def networks_from(folder: Path) -> dict[str, dict[str, Any]]:
+    """Networks with an embedding of 8,000 rows, the largest of their weights."""
+    gpt2, llama, more, t5, judge = (folder / name for name in ("gpt2", "llama", "more", "t5", "judge"))
+    return {
+        "hydra": {"policy": ModelSpec(gpt2, num_layers_unfrozen=1), "reward": judge},
+        "everything": {"policy": llama},
+        "new_tokens": {"policy": more, "reference": llama},
+        "adapter": {"policy": ModelSpec(llama, adapter=folder / "adapter")},
+        "encoder_decoder": {"policy": ModelSpec(t5, num_layers_unfrozen=1), "reference": t5},
+    }
+
+
+def spread(strategy: str, folder: Path) -> dict[str, Any]:
+    """How far weights and buffers that were dealt out are from those that were read whole, and what it took."""
+    results = {}
+    by_the_first(_networks, folder)
+    once, again, tokenizer = networks_from(folder), networks_from(folder), word_tokenizer(WORDS)
+    for name, arguments in once.items():
+        whole = online(PPOModule, **again[name], tokenizer=tokenizer)
+        whole.configure_model()
+        module = online(PPOModule, **arguments, tokenizer=tokenizer)
+        trainer = trainer_of(strategy, max_epochs=1, limit_train_batches=0)
+        with Largest() as largest:
+            trainer.fit(module, datamodule=PromptDataModule(PROMPTS, batch_size=4))
+        differences = []
+        for ours, theirs in zip(networks_of(module.built()), networks_of(whole.built()), strict=True):
+            mine, other = ({**dict(n.named_buffers()), **whole_state(n)} for n in (ours, theirs))
+            assert mine.keys() == other.keys()
+            differences += [float((mine[key].float() - other[key].float()).abs().max()) for key in mine]
+        results[name] = {"difference": max(differences), "count": len(differences), "largest": largest.size}
+    return results
 
 
 class TellTheSecond(Callback):
@@ -545,6 +723,7 @@ SAME = [
     "ppo_critic",
     "ppo_value_adapter",
     "grpo_t5_hydra",
+    "ppo_named",
     "sft",
     "reward_model",
     "unlike_objects",
@@ -564,15 +743,27 @@ OF_TWO = [
     "resumed_grpo",
     "resumed_lora",
     "resumed_critic",
+    "resumed_t5",
     "told_to_end",
     "failing_too_few",
     "failing_not_a_number",
     "failing_raises",
+    "failing_beside",
 ]
 """Cases that only processes together have."""
 
 ONLY = {
     "ddp": ["added_up", "eight_bit"],
-    "rlhf_fsdp2": ["gathered", "exported", "exported_t5", "eight_bit_refused"],
+    "rlhf_fsdp2": [
+        "gathered",
+        "in_step",
+        "spread",
+        "judged_whole",
+        "one_file",
+        "exported",
+        "exported_lora",
+        "exported_t5",
+        "eight_bit_refused",
+    ],
 }
 """Cases that only one strategy has."""

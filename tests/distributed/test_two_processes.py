@@ -11,7 +11,11 @@ from tests.distributed import cases
 from tests.distributed.cases import OF_TWO, ONLY, PROMPTS, SAME, early_letters
 from tests.distributed.spawn import spawned
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),  # the first test of a strategy waits for all of its cases
+    pytest.mark.filterwarnings("ignore:The tokenizer has 8 tokens and the model 7 rows"),
+]
 
 
 @pytest.fixture(scope="module", params=["ddp", "rlhf_fsdp2"])
@@ -64,7 +68,8 @@ def test_two_processes_write_what_one_writes_and_every_row_keeps_its_score(one, 
         for field in ("prompts", "tokens", "responses"):
             assert dealt([ours[field], theirs[field]], GROUP.get(name, 1)) == whole[field]
         assert dealt([ours["scores"], theirs["scores"]], GROUP.get(name, 1)) == pytest.approx(whole["scores"], abs=1e-6)
-        assert ours["scores"] == pytest.approx(early_letters(ours["prompts"], ours["responses"]), abs=1e-6)
+        if name != "ppo_named":  # which a classifier judges
+            assert ours["scores"] == pytest.approx(early_letters(ours["prompts"], ours["responses"]), abs=1e-6)
 
 
 @pytest.mark.invariant(30, 37)
@@ -164,7 +169,9 @@ def test_gradients_are_added_up_on_each_process_and_exchanged_once(two):
 
 
 @pytest.mark.invariant(36)
-@pytest.mark.parametrize("name", ["resumed", "resumed_whole", "resumed_grpo", "resumed_lora", "resumed_critic"])
+@pytest.mark.parametrize(
+    "name", ["resumed", "resumed_whole", "resumed_grpo", "resumed_lora", "resumed_critic", "resumed_t5"]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(two, name):
     for result in both(two, name):
         whole, rest = result["whole"], result["rest"]
@@ -214,10 +221,49 @@ def test_a_sharded_policy_is_gathered_once_for_all_that_it_writes(two):
 
 @pytest.mark.invariant(18)
 @pytest.mark.parametrize("strategy", ["rlhf_fsdp2"], indirect=True)
-@pytest.mark.parametrize("name", ["exported", "exported_t5"])
+@pytest.mark.parametrize("name", ["exported", "exported_lora", "exported_t5"])
 def test_a_sharded_policy_is_exported_whole(two, name):
     for difference in both(two, name):
-        assert difference == 0.0
+        assert difference <= (1e-5 if name == "exported_lora" else 0.0)
+
+
+@pytest.mark.parametrize("strategy", ["rlhf_fsdp2"], indirect=True)
+def test_weights_are_dealt_out_by_a_process_that_alone_held_them(two):
+    first, second = two["spread"]
+    assert first.keys() == second.keys()
+    for name in first:
+        assert first[name]["difference"] == second[name]["difference"] == 0.0, name
+        assert first[name]["count"] == second[name]["count"] > 20
+        embedding = cases.WORDS * 16 * 4  # bytes; no other weight is as large
+        assert first[name]["largest"] >= embedding
+        assert second[name]["largest"] == embedding / 2, name
+
+
+@pytest.mark.invariant(37, 38)
+@pytest.mark.parametrize("strategy", ["rlhf_fsdp2"], indirect=True)
+def test_a_policy_that_stays_in_shards_writes_the_same_and_hangs_nobody(one, two):
+    alone = one["unlike_lengths"]
+    first, second = both(two, "in_step")
+    for ours, theirs, whole in zip(first["experiences"], second["experiences"], alone["experiences"], strict=True):
+        assert dealt([ours["tokens"], theirs["tokens"]]) == whole["tokens"]
+    torch.testing.assert_close(first["weights"], alone["weights"], rtol=0, atol=1e-5)
+    for result in (first, second):
+        assert result["gathers"][1:] == [3 * 3, 6 * 3]  # three blocks, again for every token
+
+
+@pytest.mark.invariant(36)
+@pytest.mark.parametrize("strategy", ["rlhf_fsdp2"], indirect=True)
+def test_shards_go_on_from_a_single_file(two):
+    for result in both(two, "one_file"):
+        assert result["is_file"]
+        assert result["rest"]["experiences"] == result["whole"]["experiences"][3:]
+        assert torch.equal(result["rest"]["weights"], result["whole"]["weights"])
+
+
+def test_a_reward_that_fails_beside_a_reward_model_stops_both(two):
+    first, second = two["failing_beside"]
+    assert second.startswith("RuntimeError: `reward` 'judge' raised KeyError: 'answer'")
+    assert "failed on rank 1: RuntimeError: `reward` 'judge' raised KeyError" in first
 
 
 @pytest.mark.invariant(37, 40)
@@ -237,11 +283,21 @@ def test_two_processes_measure_and_answer_every_row_once(two, tmp_path):
 
 
 @pytest.mark.invariant(6, 28)
-def test_each_process_asks_one_reward_model_for_its_own_rows(two):
-    first, second = both(two, "judged")
-    assert first["judge"] == second["judge"] == fingerprint(cases.classifier())  # made here as on the first process
+@pytest.mark.parametrize("name", ["judged", "judged_whole"])
+def test_processes_score_their_own_rows_with_one_reward_model(two, strategy, name):
+    if name == "judged_whole" and strategy == "ddp":
+        pytest.skip("it always is whole there")
+    first, second = both(two, name)
+    expected = cases.classifier()  # made here as on the first process
+    assert first["judge"] == second["judge"] == fingerprint(expected)
+    is_sharded = strategy == "rlhf_fsdp2" and name == "judged"
+    assert first["here"] + second["here"] == sum(p.numel() for p in expected.parameters()) * (1 if is_sharded else 2)
     assert torch.equal(first["weights"], second["weights"])
-    for result in (first, second):
+    needed = [[count for count, _ in result["passes"]] for result in (first, second)]
+    assert needed[0] != needed[1]
+    for result, other in ((first, second), (second, first)):
+        for (own, made), (their, _) in zip(result["passes"], other["passes"], strict=True):
+            assert made == (max(own, their) if is_sharded else own)
         assert len(result["experiences"]) == 2
         for experience in result["experiences"]:
             assert len(experience["scores"]) == 4

@@ -331,6 +331,72 @@ def test_texts_of_alike_length_go_together_within_the_budget():
     assert shapes == [(1, 8), (2, 5), (2, 3)]
 
 
+# --- in step ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("gpt2", "transformer.h"),
+        ("llama", "model.layers"),
+        ("bert", "bert.encoder.layer"),
+        ("opt", "model.decoder.layers"),
+    ],
+)
+def test_the_blocks_of_a_classifier_are_found(name, blocks):
+    model = RewardModel(classifier({**ARCHITECTURES, **ENCODERS}[name]()), tokenizer=word_tokenizer())
+    assert model.load().blocks == (f"{blocks}.0", f"{blocks}.1")
+
+
+@pytest.mark.parametrize(("name", "sides"), [("t5", "block"), ("bart", "layers")])
+def test_the_blocks_of_both_halves_are_found(name, sides):
+    blocks = RewardModel(classifier(ENCODERS[name]()), tokenizer=word_tokenizer()).load().blocks
+    ends = [block.split(".", 1)[1] for block in blocks]
+    assert sorted(ends) == sorted(f"{half}.{sides}.{i}" for half in ("encoder", "decoder") for i in range(2))
+
+
+def in_step(needs):
+    """A reward model of passes of one text each, how often its network ran, and what it said that it needs."""
+    reward = RewardModel(gpt2(), tokenizer=word_tokenizer(), batch_tokens=1)
+    passes, said = [], []
+    reward.load().model.register_forward_hook(lambda *_: passes.append(1))
+    passes.clear()
+    reward.most = lambda number: said.append(number) or max(number, needs)
+    return reward, passes, said
+
+
+def test_in_step_it_makes_as_many_passes_as_the_process_that_needs_most():
+    prompts = [f"{prompt} " for prompt in PROMPTS]
+    reward, passes, said = in_step(needs=8)
+    assert reward(prompts, RESPONSES) == scored(gpt2(), prompts)
+    assert (len(passes), said) == (8, [5])
+    CombinedReward(reward).stand_by()  # without a single text
+    assert (len(passes), said) == (16, [5, 0])
+
+
+def test_what_fails_before_it_lets_the_other_processes_go_on():
+    reward, passes, said = in_step(needs=8)
+
+    def fails(prompts, responses):
+        raise KeyError("here")
+
+    with pytest.raises(RuntimeError, match="'fails' raised KeyError"):
+        CombinedReward([reward, fails, reward])(written([[1]], [[2]]), word_tokenizer())
+    assert passes == []
+    assert len(said) == 2
+    assert min(said) > 10**9
+    with pytest.raises(ValueError, match="finds no token"):
+        reward([""], [""])
+    assert len(said) == 3
+    assert said[2] == said[0]
+
+    elsewhere, passes, said = in_step(needs=said[0])
+    rollouts = replace(written([[1]], [[2]]), responses=["b"])
+    results = CombinedReward([elsewhere, (share, 1.0)])(rollouts, word_tokenizer())
+    assert passes == []  # and the run is about to end
+    assert list(results.by_name) == ["GPT2ForSequenceClassification", "share"]
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 

@@ -8,15 +8,16 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lightning_rlhf import ModelSpec, PPOModule, PromptDataModule
+from lightning_rlhf import ModelSpec, PPOModule, PromptDataModule, RewardModel
 from lightning_rlhf.models.hydra import HydraReference
 from lightning_rlhf.strategies.checkpoint_io import replace_folder
 from lightning_rlhf.strategies.fsdp2 import RLHFStrategy
-from tests.networks import network, tiny_gpt2
+from tests.networks import network, tiny_gpt2, word_tokenizer
 from tests.training import PROMPTS, bare_trainer, fit, module_of, weights
 
 
@@ -207,3 +208,66 @@ def test_a_folder_takes_the_place_of_another_or_of_a_file(tmp_path):
     replace_folder(tmp_path / "old", tmp_path / "file")
     assert (tmp_path / "file").is_dir()
     assert os.listdir(tmp_path) == ["file"]
+
+
+class WithMore(PPOModule):
+    """Builds something beside the policy."""
+
+    def __init__(self, *args, beside, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.made = [beside]
+
+    def build(self):
+        super().build()
+        (self.beside,) = self.made
+
+
+def test_whatever_trains_and_is_not_sharded_is_refused_by_name():
+    module = module_of(WithMore, beside=nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"`beside.weight` of WithMore trains and is not sharded.*`self.policy`"):
+        fit(module, strategy="rlhf_fsdp2")
+    module = module_of(WithMore, beside=nn.Linear(2, 2).requires_grad_(False))
+    fit(module, iterations=1, strategy="rlhf_fsdp2")
+
+
+def test_what_has_no_values_is_refused_before_lightning_wipes_everything():
+    module = module_of(WithMore, beside=nn.BatchNorm1d(2, affine=False, device="meta"))
+    with pytest.raises(RuntimeError, match="`beside.running_mean` of WithMore is on the meta device and has no values"):
+        fit(module, strategy="rlhf_fsdp2")
+
+
+def judge(**more):
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_config(tiny_gpt2(initializer_range=0.3, num_labels=1))
+    return RewardModel(model, tokenizer=word_tokenizer(), append_eos=True, **more)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"sharded": False}, {"device": "cpu"}])
+def test_a_reward_model_is_sharded_block_by_block_unless_told_otherwise(arguments):
+    sharded, whole = judge(**arguments), judge()
+    seen = fit(module_of(PPOModule, reward=sharded), iterations=2, strategy="rlhf_fsdp2")
+    expected = fit(module_of(PPOModule, reward=whole), iterations=2)
+    network = sharded.classifier.model
+    parts = [network, *network.transformer.h]
+    assert [isinstance(part, FSDPModule) for part in parts] == [not arguments] * 3
+    assert [isinstance(parameter, DTensor) for parameter in network.parameters()] == [not arguments] * 29
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    for experience, other in zip(seen.experiences, expected.experiences, strict=True):
+        torch.testing.assert_close(experience.scores.total, other.scores.total, rtol=0, atol=1e-6)
+
+
+def test_what_of_reward_models_cannot_be_sharded_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"`reward_in_background=True`: the reward model 'GPT2.*sharded=False\)`"):
+        fit(module_of(PPOModule, reward=judge(), reward_in_background=True), strategy="rlhf_fsdp2")
+    config = tiny_gpt2(width=64, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    spec = ModelSpec(tmp_path, quantization="nf4")
+    with pytest.raises(ValueError, match=r"`reward`: GPT2.* is quantised and cannot be sharded.*sharded=False\)`"):
+        fit(module_of(PPOModule, reward=RewardModel(spec)), strategy="rlhf_fsdp2")
+    fit(module_of(PPOModule, reward=RewardModel(spec, sharded=False)), iterations=1, strategy="rlhf_fsdp2")
+
+
+def test_shards_are_not_offloaded():
+    with pytest.raises(ValueError, match=r"`offload_frozen=True`: sharded weights stay where they are"):
+        fit(ppo(offload_frozen=True), strategy="rlhf_fsdp2")

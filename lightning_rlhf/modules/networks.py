@@ -1,0 +1,99 @@
+"""What an online module is made of: policy, reference and reward models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_rlhf.models.adapter_reference import on_the_same_model
+from lightning_rlhf.models.hydra import reference_of
+from lightning_rlhf.models.loading import ModelSpec
+from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.models.quantization import is_quantized
+from lightning_rlhf.models.reference import Reference
+from lightning_rlhf.modules.evaluation import PromptEvaluation
+from lightning_rlhf.modules.manual import ManualModule
+from lightning_rlhf.modules.scoring import load_models, shard_models
+from lightning_rlhf.rewards.model import RewardModel
+
+
+class OnlineNetworks(PromptEvaluation, ManualModule):
+    """Networks that make, judge and hold back what a policy learns from.
+
+    Attributes:
+        kl_coef: At 0 there is no reference.
+        reference_spec: What the policy must not stray from; None for itself, as it was at the start.
+        reward_in_background: Whether rewards work in a thread of their own.
+        offload_frozen: Whether reference and reward models are in host memory while they are not asked.
+    """
+
+    kl_coef: float
+    reference_spec: ModelSpec | None
+    reward_in_background: bool
+    offload_frozen: bool
+
+    def build(self) -> None:
+        """Makes the policy and, if one will be read, the reference; reads the reward models."""
+        for model in self.reward.models:
+            model.waits = self.offload_frozen and model.device is None
+        super().build()
+        if self.builds_for_all:
+            load_models(self._sharded_rewards, None)
+        else:
+            load_models(self.reward.models, self._trainer)
+        if self.kl_coef != 0:
+            self.reference = self._reference()
+            self.reference.waits = self.offload_frozen
+        if self.offload_frozen:
+            self._check_offloaded()
+
+    def _reference(self) -> Reference:
+        if self.reference_spec is None:
+            return reference_of(self.policy, self.spec.is_named)
+        shared = on_the_same_model(self.policy, self.spec, self.reference_spec)
+        if shared is not None:
+            return shared
+        network = Policy(self.load_decoder(self.reference_spec), self.policy.temperature)
+        return Reference(network, self.reference_spec.is_named)
+
+    def _check_offloaded(self) -> None:
+        networks = [] if self.reference is None else [self.reference.network]
+        networks += [model.load().model for model in self.reward.models if model.waits]
+        if any(is_quantized(network) for network in networks):
+            raise ValueError(
+                "`offload_frozen=True` moves weights, and those of quantised layers stay where they were packed: leave "
+                "it out, or quantise neither reference nor reward model."
+            )
+
+    @property
+    def specs(self) -> list[ModelSpec]:
+        """Of policy, reference and reward models."""
+        reference = [] if self.reference_spec is None else [self.reference_spec]
+        return [*super().specs, *reference, *(model.spec for model in self.reward.models)]
+
+    @property
+    def _sharded_rewards(self) -> list[RewardModel]:
+        return [model for model in self.reward.models if model.shards]
+
+    def built(self) -> dict[str, Any]:
+        """With the reward models that are to be sharded."""
+        return {**super().built(), "rewards": [model.classifier for model in self._sharded_rewards]}
+
+    def take(self, built: dict[str, Any]) -> None:
+        """With these; the others are whole on every process."""
+        super().take({name: value for name, value in built.items() if name != "rewards"})
+        for model, classifier in zip(self._sharded_rewards, built["rewards"], strict=True):
+            model.load(classifier)
+        load_models([model for model in self.reward.models if not model.shards], self.trainer)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """With the reward models."""
+        if self.offload_frozen:
+            raise ValueError(
+                "`offload_frozen=True`: sharded weights stay where they are: leave it out, or use "
+                "`Trainer(strategy='ddp')`."
+            )
+        super().shard(mesh)
+        device = self.trainer.strategy.root_device
+        shard_models(self._sharded_rewards, mesh, device, self.reward_in_background)
