@@ -28,3 +28,16 @@ def _same_start() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def wide_folders(tmp_path_factory):
+    """A model of each family that can be quantised, with its tokenizer, by name; no test writes to them."""
+    from tests.networks import WIDE, network, word_tokenizer
+
+    made = {}
+    for name, config in WIDE.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        network(config(), std=0.1).save_pretrained(made[name])  # with more, attention of this width is one-hot
+        word_tokenizer().save_pretrained(made[name])
+    return made

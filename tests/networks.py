@@ -63,10 +63,11 @@ def tiny_gpt2(vocabulary: int = VOCABULARY, width: int = 16, layers: int = 2, **
     return GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=layers, **_special(vocabulary), **more)
 
 
-def network(config: PretrainedConfig, seed: int = 0, spread: float = 3.0) -> PreTrainedModel:
+def network(config: PretrainedConfig, seed: int = 0, spread: float = 3.0, std: float = 0.3) -> PreTrainedModel:
     """A model whose logits differ by about `spread`, where transformers' own beginning is all but uniform.
 
-    Every weight but those of norms is drawn anew; in evaluation mode, single precision.
+    Every weight but those of norms is drawn anew, matrices with the deviation `std`; in evaluation mode, single
+    precision.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -76,7 +77,7 @@ def network(config: PretrainedConfig, seed: int = 0, spread: float = 3.0) -> Pre
         model = auto.from_config(config, dtype=torch.float32).eval()
         for name, parameter in model.named_parameters():
             if "norm" not in name and "ln_" not in name and parameter.dim() == 2:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=std)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
         vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -255,6 +256,20 @@ ENCODER_DECODERS: dict[str, Callable[..., PretrainedConfig]] = {
     "marian": _config("Marian", **_BART),
 }
 """Tiny encoder-decoders with the same ids; what is written begins behind `<pad>` or `<eos>`."""
+
+WIDE: dict[str, Callable[[], PretrainedConfig]] = {
+    "gpt2": lambda: tiny_gpt2(width=64),
+    "gpt_neox": lambda: ARCHITECTURES["gpt_neox"](hidden_size=64, intermediate_size=128),
+    "gptj": lambda: ARCHITECTURES["gptj"](n_embd=64),
+    "llama": lambda: ARCHITECTURES["llama"](hidden_size=64, intermediate_size=128),
+    "qwen3": lambda: ARCHITECTURES["qwen3"](hidden_size=64, intermediate_size=128),
+    "gemma": lambda: ARCHITECTURES["gemma"](hidden_size=64, intermediate_size=128),
+    "opt": lambda: ARCHITECTURES["opt"](hidden_size=64, ffn_dim=128, word_embed_proj_dim=64),
+    "bloom": lambda: ARCHITECTURES["bloom"](hidden_size=64),
+    "t5": lambda: ENCODER_DECODERS["t5"](d_model=64, d_kv=16, d_ff=64),
+    "bart": lambda: ENCODER_DECODERS["bart"](d_model=64),
+}
+"""Ten families wide enough to be quantised, since four-bit weights are rounded in groups of 64."""
 
 USUAL = list(ARCHITECTURES)[:10]
 MORE = list(ARCHITECTURES)[10:14]

@@ -29,7 +29,7 @@ from lightning_rlhf.models.freezing import freeze
 from lightning_rlhf.models.heads import ValueHead
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, load_tokenizer
 from lightning_rlhf.models.policy import Policy
-from lightning_rlhf.models.probing import probe
+from lightning_rlhf.models.probing import probe, state_scale
 from lightning_rlhf.models.quantization import is_quantized
 from lightning_rlhf.models.recomputation import recompute_activations
 from lightning_rlhf.models.reference import Reference
@@ -158,7 +158,8 @@ class RLHFModule(SavedModule):
             compile_blocks(decoder, **({} if self.compile_options is True else self.compile_options))
         self.policy = Policy(decoder, self.sampling.temperature or 1.0)
         if self.with_value_head:
-            self.policy.value_head = ValueHead(decoder.width).to(decoder.model.get_output_embeddings().weight.device)
+            head = ValueHead(decoder.width, state_scale(decoder))
+            self.policy.value_head = head.to(decoder.model.get_output_embeddings().weight.device)
         # From here on the mode is Lightning's: it leaves a model in evaluation mode as it is, without dropout.
         self.policy.train()
         self.special_tokens = SpecialTokens.of(self.tokenizer, self.policy.decoder.model)
