@@ -40,7 +40,7 @@ class Sorting:
     Example:
         >>> task = Sorting()
         >>> task.demonstrations[0], len(task.prompts)
-        ({'prompt': 'acg', 'response': 'acg'}, 24396)
+        ({'prompt': 'abhgde', 'response': 'bahdge'}, 24396)
         >>> task.score(["hab", "hab", "hab"], ["abh", "bah", "abhh"])
         [1.0, 0.333..., 0.75]
     """

@@ -84,7 +84,7 @@ def test_the_example_leaves_a_table_curves_logs_and_policies(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_both_shapes_learn_from_the_score_what_imitation_did_not_teach(task, shape, tmp_path):
-    """Half of the example's iterations: the full run ends above 0.92."""
+    """Half of the example's iterations."""
     warm_start(task, shape, tmp_path, 0, enable_progress_bar=False)
     _, curve = learn(task, tmp_path, 0, ITERATIONS // 2, logger=False, enable_progress_bar=False)
     assert curve.rewards[0] < 0.25
