@@ -63,11 +63,10 @@ def tiny_gpt2(vocabulary: int = VOCABULARY, width: int = 16, layers: int = 2, **
     return GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=layers, **_special(vocabulary), **more)
 
 
-def network(config: PretrainedConfig, seed: int = 0, spread: float = 3.0, std: float = 0.3) -> PreTrainedModel:
+def network(config: PretrainedConfig, seed: int = 0, spread: float = 3.0) -> PreTrainedModel:
     """A model whose logits differ by about `spread`, where transformers' own beginning is all but uniform.
 
-    Every weight but those of norms is drawn anew, matrices with the deviation `std`; in evaluation mode, single
-    precision.
+    Every weight but those of norms is drawn anew; in evaluation mode, single precision.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -77,7 +76,7 @@ def network(config: PretrainedConfig, seed: int = 0, spread: float = 3.0, std: f
         model = auto.from_config(config, dtype=torch.float32).eval()
         for name, parameter in model.named_parameters():
             if "norm" not in name and "ln_" not in name and parameter.dim() == 2:
-                parameter.normal_(std=std)
+                parameter.normal_(std=0.3)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
         vocabulary = model.get_input_embeddings().weight.shape[0]
