@@ -12,9 +12,10 @@ from lightning_rlhf.functional.linear import onednn, product, suits
 from lightning_rlhf.models.linear import speed_up_linears
 
 
-@pytest.fixture
-def everything_is_large(monkeypatch):
+@pytest.fixture(params=[True, False], ids=["intel", "others"])
+def everything_is_large(request, monkeypatch):
     monkeypatch.setattr(linear, "SMALLEST", 0)
+    monkeypatch.setattr(linear, "is_of_intel", lambda: request.param)
 
 
 def layers():
@@ -81,6 +82,20 @@ def test_only_large_products_in_single_precision_on_a_cpu_are_given_to_onednn(mo
         assert not suits(x, weight)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert not suits(x, weight)
+
+
+@pytest.mark.parametrize(("name", "is_intel"), [("Intel Xeon 2.50GHz", True), ("AMD EPYC", False), ("unknown", False)])
+def test_what_lies_on_its_side_is_left_to_mkl_on_processors_of_intel_only(name, is_intel, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
+    linear.is_of_intel.cache_clear()
+    x, weight = torch.randn(512, 256), torch.randn(256, 256)
+    try:
+        assert suits(x, weight)
+        assert suits(x, weight.t()) is not is_intel
+        assert suits(x.t()[:256], weight) is not is_intel
+        assert suits(x[:, :128], weight[:, :128])
+    finally:
+        linear.is_of_intel.cache_clear()
 
 
 def test_in_other_precisions_a_layer_is_what_it_was():
