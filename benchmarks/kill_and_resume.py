@@ -30,7 +30,8 @@ from rich.table import Table
 from lightning_rlhf import GRPOModule, PPOModule, PromptDataModule
 from lightning_rlhf.callbacks import RolloutCheckpoint
 from lightning_rlhf.examples.randomwalks.task import MAX_NODES, RandomWalks
-from lightning_rlhf.examples.randomwalks.training import OWN, adamw, quiet_trainer, warm_start
+from lightning_rlhf.examples.randomwalks.training import OWN, adamw, warm_start
+from lightning_rlhf.examples.runs import quiet_trainer
 from lightning_rlhf.models.reference import fingerprint
 
 SEED = 0

@@ -28,3 +28,20 @@ def _same_start() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def wide_folders(tmp_path_factory):
+    """A model of each family that can be quantised, with its tokenizer, by name; no test writes to them."""
+    from tests.networks import WIDE, network, word_tokenizer
+
+    made = {}
+    for name, config in WIDE.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        model = network(config(), spread=1.0)  # with more, some write EOS at once, and attend to nothing
+        for key, parameter in model.named_parameters():
+            if key.endswith("Attention.q.weight"):  # T5 does not scale its scores: attention would be one-hot
+                parameter.data.mul_(0.1)
+        model.save_pretrained(made[name])
+        word_tokenizer().save_pretrained(made[name])
+    return made

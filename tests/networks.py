@@ -256,6 +256,20 @@ ENCODER_DECODERS: dict[str, Callable[..., PretrainedConfig]] = {
 }
 """Tiny encoder-decoders with the same ids; what is written begins behind `<pad>` or `<eos>`."""
 
+WIDE: dict[str, Callable[[], PretrainedConfig]] = {
+    "gpt2": lambda: tiny_gpt2(width=64),
+    "gpt_neox": lambda: ARCHITECTURES["gpt_neox"](hidden_size=64, intermediate_size=128),
+    "gptj": lambda: ARCHITECTURES["gptj"](n_embd=64),
+    "llama": lambda: ARCHITECTURES["llama"](hidden_size=64, intermediate_size=128),
+    "qwen3": lambda: ARCHITECTURES["qwen3"](hidden_size=64, intermediate_size=128),
+    "gemma": lambda: ARCHITECTURES["gemma"](hidden_size=64, intermediate_size=128),
+    "opt": lambda: ARCHITECTURES["opt"](hidden_size=64, ffn_dim=128, word_embed_proj_dim=64),
+    "bloom": lambda: ARCHITECTURES["bloom"](hidden_size=64),
+    "t5": lambda: ENCODER_DECODERS["t5"](d_model=64, d_kv=16, d_ff=64),
+    "bart": lambda: ENCODER_DECODERS["bart"](d_model=64),
+}
+"""Ten families wide enough to be quantised, since four-bit weights are rounded in groups of 64."""
+
 USUAL = list(ARCHITECTURES)[:10]
 MORE = list(ARCHITECTURES)[10:14]
 ODD = list(ARCHITECTURES)[14:]

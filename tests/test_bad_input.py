@@ -171,6 +171,7 @@ def test_an_unknown_argument():
         ({"gamma": 1.5}, "`gamma=1.5` must lie between 0 and 1."),
         ({"gae_lambda": -0.1}, "`gae_lambda=-0.1` must lie between 0 and 1."),
         ({"dual_clip": 0.5}, "`dual_clip=0.5` must be above 1, or None: it bounds a ratio from above."),
+        ({"trunk_gib": -1.0}, "`trunk_gib=-1.0` must not be negative; 0 keeps nothing."),
         ({"reward": []}, "`reward=[]` names no reward: give at least one callable."),
     ],
 )

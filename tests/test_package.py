@@ -97,6 +97,13 @@ def test_every_public_name_is_there() -> None:
     assert [name for name in lightning_rlhf.__all__ if getattr(lightning_rlhf, name, None) is None] == []
 
 
+def test_a_name_that_is_not_there_is_missed_as_in_any_module() -> None:
+    import lightning_rlhf
+
+    with pytest.raises(AttributeError, match="^module 'lightning_rlhf' has no attribute 'DPOModul'$"):
+        lightning_rlhf.DPOModul  # noqa: B018
+
+
 def test_every_room_has_its_place_in_the_order() -> None:
     assert {room(name) for name in MODULES} - set(RANK) == set()
 

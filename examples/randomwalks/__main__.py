@@ -13,33 +13,8 @@ from rich.table import Table
 from lightning_rlhf import SFTModule
 from lightning_rlhf.callbacks import RewardLogger
 from lightning_rlhf.examples.randomwalks.task import RandomWalks
-from lightning_rlhf.examples.randomwalks.training import RECIPES, Recipe, evaluate, learn, warm_start
-
-
-def plot(rewards: list[float], recipe: Recipe, floor: float, path: Path) -> None:
-    """Draws the curve of the mean reward, between what random walks score and what shortest ones do.
-
-    Args:
-        rewards: One an iteration.
-        recipe: What they came by.
-        floor: Of random walks.
-        path: Of the PNG.
-    """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot(range(1, len(rewards) + 1), rewards, marker="o", label=recipe.name)
-    axes.axhline(1.0, linestyle="--", color="tab:green", label="shortest walks")
-    axes.axhline(floor, linestyle="--", color="tab:red", label="random walks")
-    axes.set(
-        xlabel=f"iteration ({recipe.episodes} episodes each)", ylabel="mean score of the episodes", ylim=(0.0, 1.05)
-    )
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+from lightning_rlhf.examples.randomwalks.training import RECIPES, evaluate, learn, warm_start
+from lightning_rlhf.examples.runs import plot
 
 
 def main(args: list[str] | None = None) -> None:
@@ -75,7 +50,8 @@ def main(args: list[str] | None = None) -> None:
     after = evaluate(module, task)
     module.save_pretrained(final)
     curve = options.output / "curve.png"
-    plot(learnt.rewards, recipe, task.random_walk_mean(), curve)
+    levels = {"shortest walks": 1.0, "random walks": task.random_walk_mean()}
+    plot({recipe.name: learnt.rewards}, recipe.episodes, levels, curve)
 
     episodes = recipe.episodes * len(learnt.rewards)
     table = Table(title=f"Score on graph {task.seed} after {episodes:,} episodes, seed {options.seed}")

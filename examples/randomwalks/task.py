@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_rlhf.examples.letters import letter_tokenizer
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -115,20 +117,7 @@ class RandomWalks:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Builds a tokenizer with one token for each node, and `<eos>` and `<pad>`; text and nodes are one to one."""
-        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-
-        vocabulary = {token: index for index, token in enumerate([*self.letters, "<eos>", "<pad>"])}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-        tokenizer.decoder = decoders.Fuse()  # letters are joined without spaces
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            eos_token="<eos>",
-            pad_token="<pad>",
-            padding_side="left",
-            clean_up_tokenization_spaces=False,
-        )
+        return letter_tokenizer(self.letters)
 
     def config(self) -> GPT2Config:
         """Describes trlX's network for this task: a GPT-2 with 6 layers of width 144, of 1.7 M parameters."""

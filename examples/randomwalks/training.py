@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import functools
-import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 
-from lightning_rlhf import ConversationDataModule, GRPOModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
+from lightning_rlhf import GRPOModule, ModelSpec, PPOModule, PromptDataModule
 from lightning_rlhf.examples.randomwalks.task import MAX_NODES, RandomWalks
+from lightning_rlhf.examples.runs import Curve, imitate, quiet_trainer
 
 adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=1e-6, fused=True)
 
@@ -110,32 +107,6 @@ RECIPES = {"ppo": OWN, "ppo-top-layers": TOP_LAYERS, "ppo-lora": LORA, "grpo": G
 """By the names that the command line knows."""
 
 
-class Curve(Callback):
-    """Remembers the mean reward of every iteration, and when it was over.
-
-    Attributes:
-        rewards: One an iteration.
-        seconds: One an iteration, since the curve was made.
-    """
-
-    def __init__(self) -> None:
-        self.rewards: list[float] = []
-        self.seconds: list[float] = []
-        self._began = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Called when an iteration is over."""
-        self.rewards.append(float(trainer.callback_metrics["reward/mean"]))
-        self.seconds.append(time.perf_counter() - self._began)
-
-
-def quiet_trainer(**flags: Any) -> L.Trainer:
-    """A Trainer that says no more than its progress bar."""
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # between Lightning and torch
-    flags = {"enable_checkpointing": False, "enable_model_summary": False, "log_every_n_steps": 1, **flags}
-    return L.Trainer(accelerator="cpu", devices=1, **flags)
-
-
 def warm_start(task: RandomWalks, folder: Path, seed: int, epochs: int = 10, **flags: Any) -> None:
     """Trains a random network to walk at random, by imitation.
 
@@ -147,16 +118,7 @@ def warm_start(task: RandomWalks, folder: Path, seed: int, epochs: int = 10, **f
         **flags: Of the Trainer.
     """
     walks = [{"prompt": walk[0], "response": walk[1:]} for walk in task.walks]
-    module = SFTModule(
-        task.config(),
-        tokenizer=task.tokenizer(),
-        optimizer=functools.partial(torch.optim.AdamW, lr=1e-3, fused=True),
-        lr_scheduler="linear",
-        seed=seed,
-    )
-    data = ConversationDataModule(walks, batch_size=25, seed=seed)
-    quiet_trainer(max_epochs=epochs, logger=False, **flags).fit(module, datamodule=data)
-    module.save_pretrained(folder)
+    imitate(task.config(), task.tokenizer(), walks, folder, seed, epochs, **flags)
 
 
 def learn(

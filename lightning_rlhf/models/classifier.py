@@ -49,7 +49,9 @@ def load_classifier(spec: ModelSpec, argument: str) -> Any:
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         value = getattr(spec, field.name)
         if field.name not in READ and value != default:
-            raise ValueError(f"`{argument}.{field.name}={value!r}` is a policy's, and a reward model reads none of it.")
+            raise ValueError(
+                f"`{argument}.{field.name}={value!r}` is a policy's, and a reward model reads none of it: leave it out."
+            )
     name = os.fspath(spec.model)
     check_folder(name)
     options: dict[str, Any] = {}

@@ -49,6 +49,35 @@ def probe(decoder: Decoder) -> None:
         rank_zero_warn(f"{name} cannot be padded on the left: the prompts of a batch must be equally long.")
 
 
+@torch.no_grad()
+def state_scale(decoder: Decoder) -> float:
+    """What a model divided its last states by before its head read them, if it did; T5 does, by the root of its width.
+
+    A value head should read them as they were: behind T5's division it sees next to nothing but its own biases.
+
+    Args:
+        decoder: Left as it is.
+
+    Returns:
+        The number, 1 where states go to the head as they are.
+    """
+    given: list[Tensor] = []
+    body = getattr(decoder.model, "get_decoder", lambda: decoder.model)()
+    handle = body.register_forward_hook(lambda module, inputs, output: given.append(output[0]))
+    was_training = decoder.training
+    decoder.eval()
+    try:
+        read = decoder(*decoder.sample(), keep=2).states
+    finally:
+        decoder.train(was_training)
+        handle.remove()
+    states = given[-1][:, -2:]
+    if states.shape != read.shape or torch.equal(states, read):
+        return 1.0
+    scale = float((states * read).sum() / read.square().sum())
+    return scale if same_logits(scale * read, states) else 1.0
+
+
 def _chooses(decoder: Decoder, tokens: Tensor) -> tuple[bool, bool]:
     """Whether the head may be given single positions, and whether nothing comes after it."""
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]

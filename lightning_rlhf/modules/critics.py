@@ -18,6 +18,7 @@ from lightning_rlhf.models.heads import HEADS, LinearValueHead, ValueHeadKind
 from lightning_rlhf.models.loading import ModelLike, ModelSpec
 from lightning_rlhf.models.passes import in_pieces
 from lightning_rlhf.models.policy import PolicyOutput
+from lightning_rlhf.models.probing import state_scale
 from lightning_rlhf.modules.online import OnlineModule
 
 
@@ -101,9 +102,10 @@ class ActorCriticModule(OnlineModule):
             self.critic = self._own_model().train()
 
     def _head(self, decoder: Decoder, score: nn.Linear | None = None) -> nn.Module:
-        head = (
-            HEADS[self.value_head or "mlp"](decoder.width) if score is None else LinearValueHead(decoder.width, score)
-        )
+        if score is not None:
+            head: nn.Module = LinearValueHead(decoder.width, score=score)
+        else:
+            head = HEADS[self.value_head or "mlp"](decoder.width, state_scale(decoder))
         return head.to(decoder.model.get_output_embeddings().weight.device)
 
     def _shares_model(self) -> bool:

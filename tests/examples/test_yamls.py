@@ -9,13 +9,24 @@ from lightning_rlhf.cli import main
 from lightning_rlhf.examples.randomwalks.parts import Starts
 from lightning_rlhf.examples.randomwalks.task import RandomWalks
 from lightning_rlhf.examples.randomwalks.training import RECIPES
+from lightning_rlhf.examples.seq2seq import parts
+from lightning_rlhf.examples.seq2seq.training import ARGUMENTS, EPISODES, EPOCHS, ITERATIONS, SAMPLING
 from tests.networks import network
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PLANS = "plans"  # of networks that are planned, and would not fit here
 YAMLS = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.parent.name != PLANS)
 # What a YAML begins from, if an example is to write it first.
-FOLDERS = {"outputs/randomwalks/warm-start": RandomWalks}
+FOLDERS = {
+    "outputs/randomwalks/warm-start": lambda: (tiny_walker(), RandomWalks().tokenizer()),
+    "outputs/seq2seq/warm-start": lambda: (parts.t5(), parts.tokenizer()),
+}
+
+
+def tiny_walker():
+    config = RandomWalks().config()
+    config.n_layer, config.n_embd = 2, 24
+    return config
 
 
 def test_there_are_yamls():
@@ -39,6 +50,21 @@ def test_random_walks_are_learnt_by_the_recipe_of_the_demo(name):
     assert data.batch_size == recipe.prompts
 
 
+def test_sorting_is_learnt_as_by_the_command_of_the_example():
+    imitation, run = (yaml.safe_load((EXAMPLES / "seq2seq" / f"{name}.yaml").read_text()) for name in ("sft", "ppo"))
+    assert imitation["trainer"]["max_epochs"] == EPOCHS
+    arguments = run["model"]["init_args"]
+    optimizer = arguments.pop("optimizer")["init_args"]
+    assert {**optimizer, "betas": tuple(optimizer["betas"])} == ARGUMENTS["optimizer"].keywords
+    assert {name: arguments[name] for name in ARGUMENTS if name != "optimizer"} == {
+        name: value for name, value in ARGUMENTS.items() if name != "optimizer"
+    }
+    assert arguments["sampling"] == SAMPLING
+    words = parts.Words()
+    assert len(words.rows) == ITERATIONS * EPISODES
+    assert words.batch_size == EPISODES
+
+
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.relative_to(EXAMPLES).as_posix())
 def test_an_example_runs_as_it_is_written(path, tmp_path, monkeypatch, capsys):
@@ -46,11 +72,9 @@ def test_an_example_runs_as_it_is_written(path, tmp_path, monkeypatch, capsys):
     run = yaml.safe_load(path.read_text())
     policy = run["model"]["init_args"]["policy"]
     if str(policy) in FOLDERS:
-        task = FOLDERS[policy]()
-        config = task.config()
-        config.n_layer, config.n_embd = 2, 24
+        config, tokenizer = FOLDERS[policy]()
         network(config).save_pretrained(policy)
-        task.tokenizer().save_pretrained(policy)
+        tokenizer.save_pretrained(policy)
     limits = [
         "max_epochs=1",
         "limit_train_batches=1",

@@ -115,3 +115,11 @@ def test_a_temperature_that_is_not_positive_is_refused() -> None:
     states, weight, _, tokens = inputs(3)
     with pytest.raises(ValueError, match="`temperature=0.0` must be positive"):
         head_logprobs(states, weight, None, tokens, 0.0)
+
+
+@pytest.mark.invariant(16)
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_is_an_error(temperature: float) -> None:
+    states, weight, bias, tokens = inputs(2)
+    with pytest.raises(ValueError, match=f"`temperature={temperature}` must be positive: logits are divided by it"):
+        head_logprobs(states, weight, bias, tokens, temperature)

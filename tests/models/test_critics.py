@@ -160,7 +160,7 @@ def test_a_critic_that_was_a_classifier_gives_its_score_at_the_last_token(name, 
         network_, score = critic_network(ModelSpec(model), begins_with_score=True)
         decoder = decoder_of(network_)
         probe(decoder)
-        critic = Critic(decoder, LinearValueHead(decoder.width, score)).eval()
+        critic = Critic(decoder, LinearValueHead(decoder.width, score=score)).eval()
         assert {id(p) for p in critic.parameters() if p.requires_grad} == {id(p) for p in critic.parameters()}
         with torch.no_grad():
             values = critic(rollouts.with_next_token())

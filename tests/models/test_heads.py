@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from lightning_rlhf import PPOModule
+from lightning_rlhf.models.encoder_decoder import decoder_of
 from lightning_rlhf.models.heads import ValueHead
+from lightning_rlhf.models.probing import probe, state_scale
+from tests.networks import ARCHITECTURES, ENCODER_DECODERS, network, written
+from tests.training import module_of
 
 
 def test_a_value_is_two_layers_with_a_relu_between_by_hand() -> None:
@@ -49,3 +54,26 @@ def test_a_value_moves_the_states_that_it_was_read_from() -> None:
     ValueHead(4)(states)[0, 1].backward()
     touched = (states.grad != 0).any(-1)
     assert touched.tolist() == [[False, True, False], [False, False, False]]
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *ENCODER_DECODERS])
+@pytest.mark.filterwarnings("ignore:.* cannot be")
+def test_a_value_is_read_from_what_the_last_norm_gave(name: str) -> None:
+    config = {**ARCHITECTURES, **ENCODER_DECODERS}[name]()
+    decoder = decoder_of(network(config))
+    probe(decoder)
+    # T5's `forward` divides by the root of its width, 16, where its config does not say that the head is untied.
+    assert state_scale(decoder) == pytest.approx(4.0 if name == "t5" else 1.0, rel=1e-6)
+
+
+def test_a_t5_is_worth_what_the_head_says_of_its_final_norm() -> None:
+    module = module_of(PPOModule, network(ENCODER_DECODERS["t5"]()))
+    module.configure_model()
+    policy, seen = module.policy, []
+    handle = policy.decoder.model.decoder.final_layer_norm.register_forward_hook(lambda *args: seen.append(args[2]))
+    values = policy(written([[1, 2, 3]], [[4, 5]])).values
+    handle.remove()
+    head = policy.value_head
+    expected = head.out(torch.relu(head.hidden(seen[-1]))).squeeze(-1)
+    assert_close(values, expected[:, -2:], rtol=0.0, atol=1e-5)
+    assert float((values - values.mean()).detach().abs().max()) > 1e-3

@@ -12,33 +12,12 @@ from lightning_rlhf import ConversationDataModule, GRPOModule, ModelSpec, PPOMod
 from lightning_rlhf.cli import main
 from lightning_rlhf.models.adapter_reference import AdapterReference
 from lightning_rlhf.models.reference import Reference, fingerprint
-from tests.networks import ARCHITECTURES, network, tiny_gpt2, word_tokenizer
+from tests.networks import ENCODER_DECODERS, WIDE, network, tiny_gpt2, word_tokenizer
 from tests.training import PROMPTS, bare_trainer, fit, module_of, sgd, share_of_early_letters
 
 LORA = {"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}
 IDS = torch.tensor([[1, 2, 3, 4]])
-FAMILIES = {
-    "gpt2": lambda: tiny_gpt2(width=64),
-    "llama": lambda: ARCHITECTURES["llama"](hidden_size=64, intermediate_size=128),
-    "qwen3": lambda: ARCHITECTURES["qwen3"](hidden_size=64, intermediate_size=128),
-    "gpt_neox": lambda: ARCHITECTURES["gpt_neox"](hidden_size=64, intermediate_size=128),
-    "gptj": lambda: ARCHITECTURES["gptj"](n_embd=64),
-    "gemma": lambda: ARCHITECTURES["gemma"](hidden_size=64, intermediate_size=128),
-    "opt": lambda: ARCHITECTURES["opt"](hidden_size=64, ffn_dim=128, word_embed_proj_dim=64),
-    "bloom": lambda: ARCHITECTURES["bloom"](hidden_size=64),
-}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A model of each family with its tokenizer, by name."""
-    made = {}
-    for name, config in FAMILIES.items():
-        path = tmp_path_factory.mktemp(name)
-        network(config()).save_pretrained(path)
-        word_tokenizer().save_pretrained(path)
-        made[name] = path
-    return made
+FAMILIES = [name for name in WIDE if name not in ENCODER_DECODERS]
 
 
 def logits(model):
@@ -48,11 +27,12 @@ def logits(model):
 
 @pytest.mark.invariant(9, 10, 13, 18)
 @pytest.mark.parametrize(
-    ("name", "cls"), [(name, PPOModule) for name in FAMILIES] + [("gpt2", GRPOModule), ("llama", GRPOModule)]
+    ("name", "cls", "quantization"),
+    [(name, PPOModule, "int8") for name in FAMILIES]
+    + [(name, GRPOModule, quantization) for name in ("gpt2", "llama") for quantization in (None, "nf4", "int8")],
 )
-@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
-def test_an_adapter_learns_online(name, cls, quantization, folders, tmp_path):
-    spec = ModelSpec(folders[name], adapter=LORA, quantization=quantization)
+def test_an_adapter_learns_online(name, cls, quantization, wide_folders, tmp_path):
+    spec = ModelSpec(wide_folders[name], adapter=LORA, quantization=quantization)
     module = module_of(cls, spec, kl_coef=0.1, num_epochs=1, minibatch_size=64, optimizer=sgd)
     module.configure_model()
     assert isinstance(module.reference, AdapterReference)
@@ -72,9 +52,11 @@ def test_an_adapter_learns_online(name, cls, quantization, folders, tmp_path):
     assert_close(logits(again), logits(module.policy.decoder.model.eval()), rtol=0, atol=1e-4)
 
 
-def test_supervised_training_gives_an_adapter_from_which_reinforcement_goes_on(folders, tmp_path):
+def test_supervised_training_gives_an_adapter_from_which_reinforcement_goes_on(wide_folders, tmp_path):
     """The reference is then the adapter that it went on from."""
-    module = SFTModule(ModelSpec(folders["gpt2"], adapter=LoraConfig(r=4, lora_dropout=0.1)), optimizer=sgd, seed=1)
+    module = SFTModule(
+        ModelSpec(wide_folders["gpt2"], adapter=LoraConfig(r=4, lora_dropout=0.1)), optimizer=sgd, seed=1
+    )
     bare_trainer(max_epochs=2).fit(module, datamodule=ConversationDataModule(["a b c d", "b c"]))
     module.save_pretrained(tmp_path / "sft")
     assert not (tmp_path / "sft" / "config.json").exists()
@@ -83,26 +65,26 @@ def test_supervised_training_gives_an_adapter_from_which_reinforcement_goes_on(f
         imitated = logits(by_peft(tmp_path / "sft"))
     assert_close(imitated, logits(module.policy.decoder.model.eval()), rtol=0, atol=1e-4)
 
-    spec = ModelSpec(folders["gpt2"], adapter=tmp_path / "sft")
+    spec = ModelSpec(wide_folders["gpt2"], adapter=tmp_path / "sft")
     module = module_of(PPOModule, spec, kl_coef=0.1)
     seen = fit(module, iterations=2)
     assert module.reference.adapter == "reference"
     assert seen.metrics[0]["kl/sequence"] == pytest.approx(0.0, abs=2e-5)
     assert abs(seen.metrics[1]["kl/sequence"]) > 1e-3
-    off = module_of(PPOModule, spec, kl_coef=0.1, reference=folders["gpt2"])
+    off = module_of(PPOModule, spec, kl_coef=0.1, reference=wide_folders["gpt2"])
     off.configure_model()
     assert (type(off.reference), off.reference.adapter) == (AdapterReference, None)
-    named = module_of(PPOModule, ModelSpec(folders["gpt2"], adapter=LORA), kl_coef=0.1, reference={**spec.plain()})
+    named = module_of(PPOModule, ModelSpec(wide_folders["gpt2"], adapter=LORA), kl_coef=0.1, reference={**spec.plain()})
     named.configure_model()
     assert named.reference.adapter == "reference"
-    other = module_of(PPOModule, spec, kl_coef=0.1, reference=folders["llama"])
+    other = module_of(PPOModule, spec, kl_coef=0.1, reference=wide_folders["llama"])
     other.configure_model()
     assert type(other.reference) is Reference
 
 
 @pytest.mark.invariant(36)
-def test_a_checkpoint_holds_what_trains_and_no_other_model_takes_it(folders, tmp_path):
-    spec = ModelSpec(folders["gpt2"], adapter=LORA, quantization="nf4")
+def test_a_checkpoint_holds_what_trains_and_no_other_model_takes_it(wide_folders, tmp_path):
+    spec = ModelSpec(wide_folders["gpt2"], adapter=LORA, quantization="nf4")
     module = module_of(PPOModule, spec, kl_coef=0.1, reward=share_of_early_letters)
     trainer = bare_trainer(max_epochs=1)
     trainer.fit(module, datamodule=PromptDataModule(PROMPTS, batch_size=6))
@@ -122,11 +104,11 @@ def test_a_checkpoint_holds_what_trains_and_no_other_model_takes_it(folders, tmp
 
     assert resumed(spec).iteration == 2
     other = tmp_path / "other"
-    network(FAMILIES["gpt2"](), seed=1).save_pretrained(other)
+    network(WIDE["gpt2"](), seed=1).save_pretrained(other)
     with pytest.raises(ValueError, match="is not the model that `ckpt_path` was trained on: its frozen weights differ"):
         resumed(ModelSpec(other, adapter=LORA, quantization="nf4"))
     with pytest.raises(ValueError, match="`policy` is not the network that `ckpt_path` holds: `.*lora_A.*` is"):
-        resumed(ModelSpec(folders["gpt2"], adapter={**LORA, "r": 2}, quantization="nf4"))
+        resumed(ModelSpec(wide_folders["gpt2"], adapter={**LORA, "r": 2}, quantization="nf4"))
     saved["state_dict"].pop("policy.value_head.out.bias")
     torch.save(saved, tmp_path / "less.ckpt")
     with pytest.raises(ValueError, match="it has `policy.value_head.out.bias`, and the checkpoint does not"):
@@ -143,30 +125,21 @@ def test_a_checkpoint_holds_a_model_that_has_no_name(tmp_path):
     assert set(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]) == set(module.state_dict())
 
 
-def test_a_frozen_quantised_policy_learns_values_and_a_quantised_reference_judges(folders):
-    spec = ModelSpec(folders["llama"], quantization="nf4", num_layers_unfrozen=0)
+def test_a_frozen_quantised_policy_learns_values_and_a_quantised_reference_judges(wide_folders):
+    spec = ModelSpec(wide_folders["llama"], quantization="nf4", num_layers_unfrozen=0)
     module = module_of(PPOModule, spec, kl_coef=0.1)
     fit(module, iterations=1)
     assert sum(p.requires_grad for p in module.parameters()) == 4
-    reference = ModelSpec(folders["llama"], quantization="int8")
-    module = module_of(PPOModule, ModelSpec(folders["llama"]), kl_coef=0.1, reference=reference)
+    reference = ModelSpec(wide_folders["llama"], quantization="int8")
+    module = module_of(PPOModule, ModelSpec(wide_folders["llama"]), kl_coef=0.1, reference=reference)
     seen = fit(module, iterations=1)
     assert 0 < abs(seen.metrics[0]["kl/sequence"]) < 0.5  # rounding is a distance
 
 
-def test_a_quantised_model_without_an_adapter_is_refused_where_it_would_train(folders):
-    for layers in (-1, 1):
-        spec = ModelSpec(folders["gpt2"], quantization="nf4", num_layers_unfrozen=layers)
-        with pytest.raises(
-            ValueError, match=r"`quantization='nf4'` leaves GPT2LMHeadModel nothing to train.*`adapter`"
-        ):
-            module_of(PPOModule, spec).configure_model()
-
-
-def test_lightnings_quantisation_is_refused_by_name(folders):
+def test_lightnings_quantisation_is_refused_by_name(wide_folders):
     trainer = bare_trainer(max_epochs=1)
     trainer.strategy.precision_plugin = BitsandbytesPrecision("nf4", dtype=torch.float32)  # which wants a GPU itself
-    module = module_of(PPOModule, folders["gpt2"])
+    module = module_of(PPOModule, wide_folders["gpt2"])
     with pytest.raises(ValueError, match=r"`Trainer\(plugins=BitsandbytesPrecision\(...\)\)` would quantise every lin"):
         trainer.fit(module, datamodule=PromptDataModule(PROMPTS))
 
@@ -179,14 +152,14 @@ def test_lightnings_quantisation_is_refused_by_name(folders):
         ({"adapter": LORA}, "`reference.adapter=.* is not trained, so that it would add nothing: pass the folder"),
     ],
 )
-def test_a_reference_is_not_told_how_to_train(more, message, folders):
+def test_a_reference_is_not_told_how_to_train(more, message, wide_folders):
     with pytest.raises(ValueError, match=message):
-        module_of(PPOModule, folders["gpt2"], kl_coef=0.1, reference={"model": str(folders["gpt2"]), **more})
+        module_of(PPOModule, wide_folders["gpt2"], kl_coef=0.1, reference={"model": str(wide_folders["gpt2"]), **more})
 
 
-def test_there_is_nothing_to_merge_without_an_adapter(folders, tmp_path):
+def test_there_is_nothing_to_merge_without_an_adapter(wide_folders, tmp_path):
     with pytest.raises(ValueError, match="`merge_adapter=True`: PPOModule has no adapter, so leave it out"):
-        module_of(PPOModule, folders["gpt2"]).save_pretrained(tmp_path, merge_adapter=True)
+        module_of(PPOModule, wide_folders["gpt2"]).save_pretrained(tmp_path, merge_adapter=True)
 
 
 def longer_tokenizer():
@@ -195,15 +168,17 @@ def longer_tokenizer():
     return tokenizer
 
 
-def test_rows_of_new_tokens_are_alike_in_policy_and_reference_and_said_to_stay(folders):
-    spec = ModelSpec(folders["llama"], adapter=LORA)
+def test_rows_of_new_tokens_are_alike_in_policy_and_reference_and_said_to_stay(wide_folders):
+    spec = ModelSpec(wide_folders["llama"], adapter=LORA)
     module = module_of(PPOModule, spec, kl_coef=0.1, tokenizer=longer_tokenizer())
     with (
         pytest.warns(UserWarning, match="were resized"),
         pytest.warns(UserWarning, match="rows of 1 new tokens at the"),
     ):
         module.configure_model()
-    full = module_of(PPOModule, folders["llama"], kl_coef=0.1, tokenizer=longer_tokenizer(), reference=folders["llama"])
+    full = module_of(
+        PPOModule, wide_folders["llama"], kl_coef=0.1, tokenizer=longer_tokenizer(), reference=wide_folders["llama"]
+    )
     with pytest.warns(UserWarning, match="were resized"):
         full.configure_model()
     assert fingerprint(full.reference.network.decoder) == fingerprint(full.policy.decoder)
@@ -211,7 +186,7 @@ def test_rows_of_new_tokens_are_alike_in_policy_and_reference_and_said_to_stay(f
     assert seen.metrics[0]["kl/sequence"] == pytest.approx(0.0, abs=2e-5)
 
 
-def test_a_yaml_names_adapter_and_quantisation(folders, tmp_path, monkeypatch):
+def test_a_yaml_names_adapter_and_quantisation(wide_folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the command line leaves its configuration where it stands
     run = {
         "trainer": {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1},
@@ -219,7 +194,7 @@ def test_a_yaml_names_adapter_and_quantisation(folders, tmp_path, monkeypatch):
             "class_path": "PPOModule",
             "init_args": {
                 "policy": {
-                    "model": str(folders["gpt2"]),
+                    "model": str(wide_folders["gpt2"]),
                     "adapter": {"class_path": "peft.LoraConfig", "init_args": {"r": 2, "target_modules": ["c_attn"]}},
                     "quantization": "nf4",
                     "gradient_checkpointing": True,

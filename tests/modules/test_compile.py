@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from lightning_rlhf import PPOModule
+from lightning_rlhf.models.decoder import Decoder
 from tests.networks import tiny_gpt2
 from tests.training import fit, module_of, weights
 
@@ -30,3 +31,11 @@ def test_compiled_blocks_learn_the_same_and_are_compiled_once():
     # Eighteen rows went by, of many lengths, in at most a graph for one token and one for more.
     assert once <= 12
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_blocks_that_were_not_found_cannot_be_compiled(monkeypatch):
+    monkeypatch.setattr(Decoder, "find_blocks", lambda self: None)
+    for given, said in ((True, "True"), (TRACED, r"\{'backend': 'aot_eager'\}")):
+        module = module_of(PPOModule, tiny_gpt2(), compile=given)
+        with pytest.raises(ValueError, match=f"`compile={said}`: the blocks of GPT2LMHeadModel were not found: leave"):
+            module.configure_model()

@@ -459,7 +459,7 @@ def test_an_object_finds_the_tokenizer_that_lies_beside_its_weights(folder):
         (
             lambda: scored(ModelSpec("org/judge", num_layers_unfrozen=1)),
             ValueError,
-            "`reward.num_layers_unfrozen=1` is a policy's",
+            "`reward.num_layers_unfrozen=1` is a policy's, and a reward model reads none of it: leave it out",
         ),
         (lambda: scored("./nowhere"), ValueError, "`model='./nowhere'` looks like a folder, and there is none"),
         (

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lightning_rlhf import ModelSpec, PPOModule, PromptDataModule, RewardModel
 from lightning_rlhf.models.hydra import HydraReference
+from lightning_rlhf.strategies import sharding
 from lightning_rlhf.strategies.checkpoint_io import replace_folder
 from lightning_rlhf.strategies.fsdp2 import RLHFStrategy
 from tests.networks import network, tiny_gpt2, word_tokenizer
@@ -136,13 +137,20 @@ def test_master_weights_stay_single_precision_under_bf16_mixed():
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_a_precision_that_cannot_be_sharded(precision):
-    with pytest.raises(ValueError, match=f"precision='{precision}'"):
+    message = rf"`Trainer\(precision='{precision}'\)` cannot be sharded: use '32-true' or 'bf16-mixed'"
+    with pytest.raises(ValueError, match=message):
         fit(ppo(), iterations=1, strategy="rlhf_fsdp2", precision=precision)
+
+
+def test_what_was_left_unsharded_is_noticed_before_anything_is_learnt(monkeypatch):
+    monkeypatch.setattr(sharding, "fully_shard", lambda module, **options: None)
+    with pytest.raises(RuntimeError, match=r"^decoder\.model\.\S+ was not sharded: processes would drift apart"):
+        fit(ppo(), iterations=1, strategy="rlhf_fsdp2")
 
 
 def test_tensor_parallel_layers_are_refused_by_name():
     strategy = ModelParallelStrategy(tensor_parallel_size=2, data_parallel_size=1)
-    with pytest.raises(ValueError, match="`strategy='rlhf_fsdp2'`"):
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=2.*would split layers.*use `strategy='rlhf_fsdp2'`"):
         fit(ppo(), iterations=1, strategy=strategy)
 
 
