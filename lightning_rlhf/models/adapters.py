@@ -170,8 +170,6 @@ class Adapters:
         """Those of the adapter that PEFT knows by a name."""
         return [parameter for path, parameter in self.model.named_parameters() if name in path.split(".")]
 
-    # --- ranks that are taken away ------------------------------------------------------------------------------
-
     def follow(self, optimizer: Optimizer) -> None:
         """Lets AdaLoRA take ranks away after every update.
 

@@ -158,6 +158,22 @@ class Classifier:
         unused = next((token for token in range(self.rows) if token not in held), None)
         return [(rows, unused)] if unused is not None else [([row], None) for row in rows]
 
+    @property
+    def label_names(self) -> list[str]:
+        """Of its outputs, in order; numbers where the config has none."""
+        return [self.model.config.id2label.get(i, str(i)) for i in range(self.labels)]
+
+    def label_number(self, label: str | int | None) -> int:
+        """Which output belongs to a label.
+
+        Args:
+            label: Its name or number; None for the only one.
+
+        Returns:
+            The number.
+        """
+        return self.label_names.index(label) if isinstance(label, str) else label or 0
+
     @torch.no_grad()
     def _run(self, rows: Sequence[Row], pad: int | None) -> Tensor:
         width = max(len(row["input_ids"]) for row in rows)

@@ -79,8 +79,8 @@ class BuiltModule(SavedModule):
     def compile_policy(self) -> None:
         """Compiles the blocks of what trains, if that was asked for."""
         if self.compile_options is not False:
-            for network in (self.policy, *([] if self.critic is None else [self.critic])):
-                compile_blocks(network.decoder, **({} if self.compile_options is True else self.compile_options))
+            for decoder in (self.policy.decoder, *([] if self.critic is None else [self.critic.decoder])):
+                compile_blocks(decoder, **({} if self.compile_options is True else self.compile_options))
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shards the networks over processes; does nothing a second time.

@@ -252,8 +252,6 @@ class RewardModel:
         limits = [self.max_tokens, self.load().max_positions, self.tokenizer.model_max_length]
         return min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
 
-    # --- numbers ------------------------------------------------------------------------------------------------
-
     def _batches(self, classifier: Classifier, rows: Sequence[Row]) -> Iterator[list[int]]:
         """Numbers of rows of one forward pass each, the longest first, so that too little memory shows at once."""
         lengths = [len(row["input_ids"]) for row in rows]
@@ -269,20 +267,15 @@ class RewardModel:
                 batch.append(i)
 
     def _scores(self, logits: Tensor) -> Tensor:
-        number = self._label_number(self.classifier)
+        assert self.classifier is not None
+        number = self.classifier.label_number(self.label)
         if self.output == "logit":
             return (logits[:, number] - self._stored.get("mean", 0.0)) / self._stored.get("std", 1.0)
-        is_multiple = self.classifier.model.config.problem_type == "multi_label_classification"  # type: ignore[union-attr]
+        is_multiple = self.classifier.model.config.problem_type == "multi_label_classification"
         return (logits.sigmoid() if is_multiple else logits.softmax(1))[:, number]
 
-    def _label_number(self, classifier: Any) -> int:
-        if self.label is None:
-            return 0
-        return self.label if isinstance(self.label, int) else int(classifier.model.config.label2id[self.label])
-
     def _check_label(self, classifier: Classifier) -> None:
-        by_number = classifier.model.config.id2label
-        names = [by_number.get(i, str(i)) for i in range(classifier.labels)]
+        names = classifier.label_names
         fits = self.label in range(classifier.labels) if isinstance(self.label, int) else self.label in names
         if self.label is None and classifier.labels > 1 or self.label is not None and not fits:
             raise ValueError(
