@@ -18,7 +18,11 @@ POLICIES = {
     "LoRA": {"adapter": LORA},
     "QLoRA": {"adapter": LORA, "quantization": "nf4"},
 }
-CRITICS = {"shared head": {}}
+CRITICS = {
+    "shared head": lambda folder: {},
+    "value branch": lambda folder: {"num_value_layers_unfrozen": 1},
+    "separate critic": lambda folder: {"critic": folder},
+}
 
 # The second of two blocks and what comes after it, less a tied head: read off the models' sources.
 TOP = {
@@ -67,14 +71,16 @@ def test_all_architectures_are_there():
 
 
 @pytest.mark.invariant(9, 10, 13, 14, 18)
-@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize(
+    "critic",
+    [critic if critic == "shared head" else pytest.param(critic, marks=pytest.mark.slow) for critic in CRITICS],
+)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", WIDE)
 def test_a_step_moves_what_should_train_and_an_export_agrees(name, policy, critic, wide_folders, tmp_path):
     spec = ModelSpec(wide_folders[name], **POLICIES[policy])
-    module = module_of(
-        PPOModule, spec, kl_coef=0.1, num_epochs=UPDATES, lr_scheduler=at_rest_then_moving, **CRITICS[critic]
-    )
+    more = CRITICS[critic](wide_folders[name])
+    module = module_of(PPOModule, spec, kl_coef=0.1, num_epochs=UPDATES, lr_scheduler=at_rest_then_moving, **more)
     module.configure_model()
     before = {key: parameter.detach().clone() for key, parameter in module.named_parameters()}
     seen = fit(module, iterations=2, prompts=PROMPTS[:4])
