@@ -36,40 +36,22 @@ class ValueBranch(nn.Module):
 
     Args:
         decoder: The policy's, as it starts.
-        num_layers: How many blocks are copied.
+        trunk: The policy's blocks below, from :func:`lower_blocks`; a pass can begin behind them.
+        model: What is copied from: the decoder's, or the same with the adapter merged and nothing quantised.
         value_head: Reads the states that the copies end in.
-        recomputes: Whether blocks hold only what they read.
 
     Attributes:
         names: Of the modules that the copies stand in for.
         copies: In that order.
-        trunk: The policy's blocks below.
-
-    Raises:
-        ValueError: If there are fewer blocks, they were not found, or a pass cannot begin in their middle.
     """
 
-    def __init__(self, decoder: Decoder, num_layers: int, value_head: nn.Module, recomputes: bool = False) -> None:
+    def __init__(self, decoder: Decoder, trunk: Trunk, model: PreTrainedModel, value_head: nn.Module) -> None:
         super().__init__()
-        name, blocks = type(decoder.model).__name__, decoder.blocks
-        if blocks is None or num_layers > len(blocks.blocks):
-            found = (
-                "no blocks were found in" if blocks is None else f"it is more than the {len(blocks.blocks)} blocks of"
-            )
-            raise ValueError(
-                f"`num_value_layers_unfrozen={num_layers}`: {found} {name}. Use fewer, 0 for a value head on the "
-                "policy's states, or `critic='policy'`."
-            )
-        branch = len(blocks.blocks) - num_layers
-        self.trunk = Trunk(blocks.blocks[:branch], blocks.blocks[branch], trains=True)
-        if not can_begin_at(decoder, self.trunk):
-            raise ValueError(
-                f"`num_value_layers_unfrozen={num_layers}`: {name} cannot begin in its middle. Use 0 for a value head "
-                "on the policy's states, or `critic='policy'`."
-            )
-        model = _plain(decoder, recomputes)
+        assert decoder.blocks is not None
+        self.trunk = trunk
         head = model.get_output_embeddings()
-        modules = {name: model.get_submodule(name) for name in blocks.top(num_layers)}
+        top = decoder.blocks.top(len(decoder.blocks.blocks) - len(trunk.frozen))
+        modules = {name: model.get_submodule(name) for name in top}
         modules = {name: module for name, module in modules.items() if module is not head and list(module.parameters())}
         self.names = list(modules)
         own = decoder.model.get_output_embeddings()
@@ -78,8 +60,33 @@ class ValueBranch(nn.Module):
         for parameter in self.copies.parameters():
             if id(parameter) not in policys:
                 parameter.requires_grad_(parameter.is_floating_point())
-        self.copies.to(own.weight.device)
         self.value_head = value_head
+
+    @classmethod
+    def of(cls, decoder: Decoder, num_layers: int, value_head: nn.Module, recomputes: bool = False) -> ValueBranch:
+        """Copies of a policy's top blocks, once it was tried that a pass can begin with them.
+
+        Args:
+            decoder: The policy's, as it starts.
+            num_layers: How many blocks are copied.
+            value_head: Reads the states that the copies end in.
+            recomputes: Whether blocks hold only what they read.
+
+        Returns:
+            The branch.
+
+        Raises:
+            ValueError: If there are fewer blocks, they were not found, or a pass cannot begin in their middle.
+        """
+        trunk = lower_blocks(decoder, num_layers)
+        if not can_begin_at(decoder, trunk):
+            raise ValueError(
+                f"`num_value_layers_unfrozen={num_layers}`: {type(decoder.model).__name__} cannot begin in its middle. "
+                "Use 0 for a value head on the policy's states, or `critic='policy'`."
+            )
+        branch = cls(decoder, trunk, _plain(decoder, recomputes), value_head)
+        branch.copies.to(decoder.model.get_output_embeddings().weight.device)
+        return branch
 
     @contextmanager
     def listening(self, decoder: Decoder, reading: Reading) -> Iterator[list[Tensor]]:
@@ -177,6 +184,30 @@ class ValueAdapter(nn.Module):
         assert decoder.adapters is not None
         with decoder.adapters.using(VALUE):
             return self.value_head(head_states(decoder, reading))
+
+
+def lower_blocks(decoder: Decoder, num_layers: int) -> Trunk:
+    """The blocks of a policy that a branch of its top blocks leaves alone.
+
+    Args:
+        decoder: The policy's.
+        num_layers: How many blocks are copied.
+
+    Returns:
+        All others; whether a pass can begin behind them is not tried.
+
+    Raises:
+        ValueError: If there are fewer blocks, or they were not found.
+    """
+    name, blocks = type(decoder.model).__name__, decoder.blocks
+    if blocks is None or num_layers > len(blocks.blocks):
+        found = "no blocks were found in" if blocks is None else f"it is more than the {len(blocks.blocks)} blocks of"
+        raise ValueError(
+            f"`num_value_layers_unfrozen={num_layers}`: {found} {name}. Use fewer, 0 for a value head on the "
+            "policy's states, or `critic='policy'`."
+        )
+    branch = len(blocks.blocks) - num_layers
+    return Trunk(blocks.blocks[:branch], blocks.blocks[branch], trains=True)
 
 
 def _plain(decoder: Decoder, recomputes: bool) -> PreTrainedModel:

@@ -82,9 +82,26 @@ def critic_network(spec: ModelSpec, begins_with_score: bool) -> tuple[PreTrained
     Raises:
         ValueError: If a classifier reads its score in another way than a value head does.
     """
-    classifier = _classifier(spec)
-    if classifier is None:
+    if not is_classifier(spec):
         return spec.load(), None
+    classifier = _classifier(spec)
+    score = score_of(classifier, begins_with_score)
+    return _language_model(classifier), score
+
+
+def score_of(classifier: Any, begins_with_score: bool) -> nn.Linear | None:
+    """The head of a classifier, if a value head is to begin with it.
+
+    Args:
+        classifier: That a critic is to be.
+        begins_with_score: Whether it is.
+
+    Returns:
+        The head, or None.
+
+    Raises:
+        ValueError: If it reads its score in another way than a value head does, or says several.
+    """
     name, score = type(classifier).__name__, getattr(classifier, "score", None)
     if classifier.config.is_encoder_decoder or not isinstance(score, nn.Linear):
         raise ValueError(
@@ -96,22 +113,34 @@ def critic_network(spec: ModelSpec, begins_with_score: bool) -> tuple[PreTrained
             f"`critic={name}` has {score.out_features} labels, of which none is a value: set `value_head` to 'mlp' or "
             "'linear' for a new head on its states."
         )
-    return _language_model(classifier), score if begins_with_score else None
+    return score if begins_with_score else None
 
 
-def _classifier(spec: ModelSpec) -> Any:
-    """The sequence classifier that a spec is of, if it is of one."""
+def is_classifier(spec: ModelSpec) -> bool:
+    """Whether a model is a sequence classifier, and no language model.
+
+    Args:
+        spec: Of the model.
+
+    Returns:
+        The answer.
+    """
     from transformers import PreTrainedModel
 
     if spec.is_named:
-        if spec.gguf_file or not any("SequenceClassification" in name for name in _config(spec).architectures or ()):
-            return None
+        architectures = () if spec.gguf_file else _config(spec).architectures or ()
+        return any("SequenceClassification" in name for name in architectures)
+    return isinstance(spec.model, PreTrainedModel) and "SequenceClassification" in type(spec.model).__name__
+
+
+def _classifier(spec: ModelSpec) -> Any:
+    """The sequence classifier that a spec is of."""
+    if spec.is_named:
         return load_classifier(
             replace(spec, num_layers_unfrozen=-1, adapter=None, gradient_checkpointing=False), "critic"
         )
-    if isinstance(spec.model, PreTrainedModel) and "SequenceClassification" in type(spec.model).__name__:
-        return copy.deepcopy(spec.model).to(spec.torch_dtype())
-    return None
+    model: Any = spec.model
+    return copy.deepcopy(model).to(spec.torch_dtype())
 
 
 def _config(spec: ModelSpec) -> Any:
@@ -141,6 +170,35 @@ def _language_model(classifier: Any) -> PreTrainedModel:
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return model.eval()
+
+
+def check_weights(spec: ModelSpec) -> None:
+    """Refuses a critic of its own that could not train.
+
+    Args:
+        spec: Of the critic.
+
+    Raises:
+        ValueError: If it is quantised.
+    """
+    if spec.quantization is not None:
+        raise ValueError(
+            f"`critic.quantization={spec.quantization!r}` is for a critic that is an adapter on the policy's own "
+            "model: give both a LoRA and the same model, or leave it out."
+        )
+
+
+def check_ranks(decoder: Decoder) -> None:
+    """Refuses a critic whose adapter would lose ranks.
+
+    Args:
+        decoder: Of the critic.
+
+    Raises:
+        ValueError: If it would.
+    """
+    if decoder.adapters is not None and decoder.adapters.allocates:
+        raise ValueError("`critic.adapter` of type ADALORA: ranks are reduced of a policy's alone: use LORA.")
 
 
 def check_vocabulary(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,9 +9,10 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from lightning_rlhf.batches import Rollouts
-from lightning_rlhf.models.adapters import VALUE
+from lightning_rlhf.models.adapter_configs import AdapterLike
+from lightning_rlhf.models.adapters import VALUE, Adapters
 from lightning_rlhf.models.branches import ValueAdapter, ValueBranch
-from lightning_rlhf.models.critics import Critic, check_vocabulary, critic_network
+from lightning_rlhf.models.critics import Critic, check_ranks, check_vocabulary, check_weights, critic_network
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.freezing import freeze, keep_frozen_blocks
 from lightning_rlhf.models.heads import HEADS, LinearValueHead, ValueHeadKind
@@ -91,11 +92,11 @@ class ActorCriticModule(OnlineModule):
             self.policy.value_head = self._head(decoder)
         elif self.num_value_layers_unfrozen:
             recomputes = self.spec.gradient_checkpointing
-            self.policy.value_branch = ValueBranch(
+            self.policy.value_branch = ValueBranch.of(
                 decoder, self.num_value_layers_unfrozen, self._head(decoder), recomputes
             )
             keep_frozen_blocks(decoder, self.num_value_layers_unfrozen)
-        elif self._shares_model():
+        elif self.shares_model(decoder.adapters):
             keep_frozen_blocks(decoder)
             self.policy.value_branch = ValueAdapter(self._head(decoder))
         else:
@@ -108,27 +109,38 @@ class ActorCriticModule(OnlineModule):
             head = HEADS[self.value_head or "mlp"](decoder.width, state_scale(decoder))
         return head.to(decoder.model.get_output_embeddings().weight.device)
 
-    def _shares_model(self) -> bool:
-        """Puts the critic's adapter beside the policy's, if that can be."""
-        spec, adapters = self.critic_spec, self.policy.decoder.adapters
-        assert spec is not None
-        if adapters is None or spec.adapter is None or not (self.copies_policy or spec.has_model_of(self.spec)):
+    def shares_model(self, adapters: Adapters | None, adapter: AdapterLike | None = None) -> bool:
+        """Puts the critic's adapter beside the policy's, if that can be.
+
+        Args:
+            adapters: Of the policy.
+            adapter: The critic's, where it is not to be read from where the spec says.
+
+        Returns:
+            Whether it could.
+
+        Raises:
+            ValueError: If policy and critic ask different things of the one model.
+        """
+        spec = self.critic_spec
+        if (
+            spec is None
+            or adapters is None
+            or spec.adapter is None
+            or not (self.copies_policy or spec.has_model_of(self.spec))
+        ):
             return False
         if spec.gradient_checkpointing != self.spec.gradient_checkpointing:
             raise ValueError(
                 f"`critic.gradient_checkpointing={spec.gradient_checkpointing}`: policy and critic have one model, and "
                 f"the policy's says {self.spec.gradient_checkpointing}. Set both alike."
             )
-        return adapters.add(spec.adapter, VALUE, trains=True)
+        return adapters.add(spec.adapter if adapter is None else adapter, VALUE, trains=True)
 
     def _own_model(self) -> Critic:
         spec = self.critic_spec
         assert spec is not None
-        if spec.quantization is not None:
-            raise ValueError(
-                f"`critic.quantization={spec.quantization!r}` is for a critic that is an adapter on the policy's own "
-                "model: give both a LoRA and the same model, or leave it out."
-            )
+        check_weights(spec)
         if self.copies_policy:
             decoder, score = copy.deepcopy(self.policy.decoder), None
         else:
@@ -136,8 +148,7 @@ class ActorCriticModule(OnlineModule):
             network, score = critic_network(spec, begins_with_score=self.value_head is None)
             decoder = self.load_decoder(spec, network)
             freeze(decoder, spec.num_layers_unfrozen)
-        if decoder.adapters is not None and decoder.adapters.allocates:
-            raise ValueError("`critic.adapter` of type ADALORA: ranks are reduced of a policy's alone: use LORA.")
+        check_ranks(decoder)
         decoder.trunk = None  # what it makes of tokens is not kept
         return Critic(decoder, self._head(decoder, score))
 

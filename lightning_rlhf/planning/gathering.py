@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from lightning_rlhf.planning.networks import Network
+from lightning_rlhf.planning.outlines import Network
 from lightning_rlhf.planning.placement import Placement
 
 BLOCKS_AT_ONCE = 3
@@ -26,8 +26,24 @@ def whole(network: Network, placement: Placement) -> int:
     return _weights(network.parameters, placement) if placement.is_sharded else 0
 
 
-def while_running(network: Network, placement: Placement) -> int:
+def while_running(networks: Sequence[Network], placement: Placement) -> int:
     """What is whole at a time in a pass: all that lies outside of blocks, and a few blocks.
+
+    Args:
+        networks: That are sharded or not, and share the pass.
+        placement: Of the run.
+
+    Returns:
+        Bytes beside the parts; 0 where nothing is sharded.
+    """
+    if not placement.is_sharded:
+        return 0
+    blocks = [_weights(block.parameters(), placement) for network in networks for block in network.blocks]
+    return at_once(sum(left_whole(network, placement) for network in networks), blocks)
+
+
+def left_whole(network: Network, placement: Placement) -> int:
+    """What stays whole from a pass forward to the next one back: all that lies outside of blocks.
 
     Args:
         network: That is sharded or not.
@@ -36,32 +52,42 @@ def while_running(network: Network, placement: Placement) -> int:
     Returns:
         Bytes beside the parts; 0 where nothing is sharded.
     """
-    if not placement.is_sharded:
-        return 0
-    largest = max((_weights(block.parameters(), placement) for block in network.blocks), default=0)
-    root = _weights(network.outside, placement)
-    return root + max(root, BLOCKS_AT_ONCE * largest)  # when the root is gathered it is copied too
+    return _weights(network.outside, placement) if placement.is_sharded else 0
 
 
-def exchanged(network: Network, placement: Placement) -> int:
+def at_once(root: int, blocks: Iterable[int]) -> int:
+    """What is whole at a time.
+
+    Args:
+        root: Bytes of what lies outside of blocks.
+        blocks: Bytes of each block.
+
+    Returns:
+        The bytes.
+    """
+    return root + max(root, BLOCKS_AT_ONCE * max(blocks, default=0))  # when the root is gathered it is copied too
+
+
+def exchanged(networks: Sequence[Network], placement: Placement) -> int:
     """Gradients that are not spread yet: those outside of blocks to the end, and those of a block at a time.
 
     Each is there as the backward pass makes it, and in the type in which all devices add it up. DDP has a copy of all
     gradients in its buckets.
 
     Args:
-        network: That trains.
+        networks: That train, in one backward pass.
         placement: Of the run.
 
     Returns:
         Bytes beside the parts; 0 on one device.
     """
     if placement.spread == "ddp":
-        return placement.bytes_of(network.trained)
+        return sum(placement.bytes_of(network.trained) for network in networks)
     if not placement.is_sharded:
         return 0
-    made, added = _gradients(network.outside, placement)
-    return made + max([added, *(sum(_gradients(block.parameters(), placement)) for block in network.blocks)])
+    roots = [_gradients(network.outside, placement) for network in networks]
+    blocks = [sum(_gradients(block.parameters(), placement)) for network in networks for block in network.blocks]
+    return sum(made for made, _ in roots) + max([*(added for _, added in roots), *blocks])
 
 
 def _weights(parameters: Iterable[nn.Parameter], placement: Placement) -> int:

@@ -2,85 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_rlhf.models.activations import fuse_activations
 from lightning_rlhf.models.adapter_configs import changes_model
+from lightning_rlhf.models.blocks import find_stacks
 from lightning_rlhf.models.decoder import Decoder
-from lightning_rlhf.models.dropout import disable_dropout
-from lightning_rlhf.models.encoder_decoder import decoder_of
 from lightning_rlhf.models.freezing import freeze_weights
-from lightning_rlhf.models.heads import ValueHead
-from lightning_rlhf.models.loading import ModelSpec, check_folder
-from lightning_rlhf.models.outline import adapted, outlined, outlined_classifier, rounded_weights, runnable
-from lightning_rlhf.models.recomputation import recompute_activations
+from lightning_rlhf.models.loading import check_folder
+from lightning_rlhf.models.outline import outlined_classifier, rounded_weights, runnable
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.online import OnlineModule
+from lightning_rlhf.modules.scored import ScoringModule
+from lightning_rlhf.planning.gathering import at_once
+from lightning_rlhf.planning.outlines import Network, outline
 from lightning_rlhf.planning.placement import Placement
+from lightning_rlhf.planning.values import add_values, put_beside
 from lightning_rlhf.rewards.model import RewardModel
-
-
-@dataclass
-class Network:
-    """A language model.
-
-    Attributes:
-        decoder: Whose tensors have no numbers.
-        rounded: Bytes of weights that are held in fewer bits, by ``id``; in passes they are plain ones.
-        value_head: On its last states, if it has one.
-    """
-
-    decoder: Decoder
-    rounded: dict[int, int] = field(default_factory=dict)
-    value_head: nn.Module | None = None
-
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """Its modules, under the names of their parameter groups."""
-        return {"policy": self.decoder} | ({} if self.value_head is None else {"value": self.value_head})
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All parameters and buffers."""
-        return [tensor for part in self.parts.values() for tensor in (*part.parameters(), *part.buffers())]
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """All parameters; one that two parts share is there once."""
-        return list({id(p): p for part in self.parts.values() for p in part.parameters()}.values())
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        """The parameters that train."""
-        return [p for p in self.parameters if p.requires_grad]
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """What is sharded by itself."""
-        decoder = self.decoder
-        names = decoder.encoder_blocks + (() if decoder.blocks is None else decoder.blocks.blocks)
-        return [decoder.model.get_submodule(name) for name in names]
-
-    @property
-    def outside(self) -> list[nn.Parameter]:
-        """The parameters that lie in no block."""
-        inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
-        return [p for p in self.parameters if id(p) not in inside]
-
-    def bytes(self, placement: Placement) -> int:
-        """Memory that it takes on a device, its value head left out.
-
-        Args:
-            placement: Of the run.
-        """
-        buffers = sum(buffer.numel() * buffer.element_size() for buffer in self.decoder.buffers())
-        return placement.bytes_of(self.decoder.parameters(), self.rounded) + buffers
 
 
 @dataclass
@@ -91,11 +35,18 @@ class Classifier:
         reward: Whose network it is.
         model: Whose tensors have no numbers.
         bytes: That it takes on every device.
+        gathered: Bytes that are whole beside its parts while it scores, where it is sharded.
     """
 
     reward: RewardModel
     model: Any
     bytes: int
+    gathered: int
+
+    @property
+    def form(self) -> str:
+        """How it is held, in a few words."""
+        return "a part on each device" if self.gathered else "whole on each device"
 
 
 @dataclass
@@ -104,7 +55,9 @@ class Networks:
 
     Attributes:
         mode: In which they were made, and in which they must be run.
-        policy: What trains.
+        policy: What trains, with what says values of its states.
+        critic: A network of its own that says values, and trains too; None where the policy says them.
+        values: What says values, in a few words.
         reference: A network of its own that the policy is compared with; None where it shares the policy's.
         reference_bytes: What the reference holds of its own, per device.
         form: What the reference is, in a few words.
@@ -113,6 +66,8 @@ class Networks:
 
     mode: FakeTensorMode
     policy: Network
+    critic: Network | None
+    values: str
     reference: Network | None
     reference_bytes: int
     form: str
@@ -132,6 +87,7 @@ class Networks:
         Raises:
             ValueError: If the module would refuse its arguments too, or a config cannot be read.
         """
+        _check(module, placement)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         spec = module.spec
         if spec.quantization is not None and spec.adapter is None and spec.num_layers_unfrozen != 0:
@@ -144,13 +100,24 @@ class Networks:
                 f"`quantization={spec.quantization!r}` cannot be sharded, since bitsandbytes knows no shards: leave it "
                 "out, or use `strategy: ddp`, where every process holds the whole model."
             )
-        policy = outline(mode, spec, module.disable_dropout)
+        policy = outline(mode, spec, module.disable_dropout, beside=functools.partial(put_beside, module))
         with mode:
             freeze_weights(policy.decoder, spec.num_layers_unfrozen)
-            if module.with_value_head:
-                policy.value_head = ValueHead(policy.decoder.width)
+        critic, values = add_values(mode, module, policy)
         reference, taken, form = _reference(mode, module, policy, placement)
-        return cls(mode, policy, reference, taken, form, _rewards(mode, module))
+        return cls(mode, policy, critic, values, reference, taken, form, _rewards(mode, module, placement))
+
+    @property
+    def learning(self) -> list[Network]:
+        """Those that train."""
+        return [self.policy] if self.critic is None else [self.policy, self.critic]
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What trains, and what does not beside it, under the names of their parameter groups."""
+        value = list(self.policy.value_parameters)
+        value += [] if self.critic is None else self.critic.parameters
+        return {"policy": nn.ParameterList(self.policy.decoder_parameters), "value": nn.ParameterList(value)}
 
     def compute_in(self, placement: Placement) -> None:
         """Gives the networks the types in which they compute; how they are held is then no longer to be seen.
@@ -158,40 +125,9 @@ class Networks:
         Args:
             placement: Of the run.
         """
-        for network in (self.policy, self.reference):
+        for network in (*self.learning, self.reference):
             for parameter in [] if network is None else network.parameters:
                 parameter.data = parameter.data.to(placement.gathered(placement.held(parameter.dtype)))
-
-
-def outline(mode: FakeTensorMode, spec: ModelSpec, without_dropout: bool, argument: str = "policy") -> Network:
-    """A language model as a module would load it, adapter and all.
-
-    Args:
-        mode: In which it is made.
-        spec: Of the model.
-        without_dropout: Whether dropout is 0.
-        argument: What the user calls it, for errors.
-
-    Returns:
-        The network.
-    """
-    model = outlined(spec, argument)
-    weights = dict(model.named_parameters())
-    rounded = {id(weights[name]): size for name, size in rounded_weights(spec, outlined).items()}
-    for weight in weights.values():
-        weight.requires_grad_(id(weight) not in rounded)
-    adapters = adapted(model, spec)
-    if spec.gradient_checkpointing:
-        recompute_activations(model)
-    fuse_activations(model)
-    if without_dropout:
-        disable_dropout(model)
-    tensors = runnable(model, mode)
-    with mode, torch.no_grad():
-        decoder = decoder_of(model)
-        decoder.adapters = adapters
-        decoder.find_blocks()
-    return Network(decoder, {id(tensors[number]): size for number, size in rounded.items()})
 
 
 def _reference(
@@ -201,7 +137,7 @@ def _reference(
     if not isinstance(module, OnlineModule) or module.kl_coef == 0:
         return None, 0, ""
     decoder, spec = policy.decoder, module.reference_spec
-    trained = placement.bytes_of(p for p in decoder.parameters() if p.requires_grad)
+    trained = placement.bytes_of(p for p in policy.decoder_parameters if p.requires_grad)
     if spec is None and decoder.adapters is not None:
         if decoder.adapters.was_trained or changes_model(decoder.adapters.config):
             return None, trained, "a copy of the adapter"
@@ -217,6 +153,11 @@ def _reference(
             check_folder(os.fspath(spec.adapter), "reference.adapter")
             return None, trained, "an adapter of its own"
     network = outline(mode, spec, module.disable_dropout, "reference")
+    if module.offload_frozen and spec.quantization is not None:
+        raise ValueError(
+            f"`offload_frozen=True` moves weights, and those of `reference.quantization={spec.quantization!r}` stay "
+            "where they were packed: leave one of them out."
+        )
     return network, network.bytes(placement), "a network of its own"
 
 
@@ -228,18 +169,64 @@ def _copied_buffers(decoder: Decoder) -> int:
     return sum(buffer.numel() * buffer.element_size() for module in copied for buffer in module.buffers())
 
 
-def _rewards(mode: FakeTensorMode, module: RLHFModule) -> list[Classifier]:
-    """The classifiers among the rewards that go where the policy is; each device has them whole."""
+def _check(module: RLHFModule, placement: Placement) -> None:
+    """Refuses what is not counted, and what the module would refuse once it knows the strategy."""
+    if isinstance(module, ScoringModule):
+        raise ValueError(
+            f"`model={type(module).__name__}` cannot be planned: its network scores texts and writes none, and only "
+            "language models are counted. Plan an `SFTModule` on the same model, which takes a little more."
+        )
+    if not isinstance(module, OnlineModule) or not placement.is_sharded:
+        return
+    if module.offload_frozen:
+        raise ValueError(
+            "`offload_frozen=True`: sharded weights stay where they are: leave it out, or use `strategy: ddp`."
+        )
+    if module.reward_in_background and (sharded := [reward.name for reward in module.reward.models if reward.shards]):
+        raise ValueError(
+            f"`reward_in_background=True`: the reward model {sharded[0]!r} is sharded, and processes would wait for "
+            "each other for ever: leave it out, or pass `RewardModel(..., sharded=False)`."
+        )
+
+
+def _rewards(mode: FakeTensorMode, module: RLHFModule, placement: Placement) -> list[Classifier]:
+    """The classifiers among the rewards that go where the policy is."""
     if not isinstance(module, OnlineModule):
         return []
-    found: list[Classifier] = []
-    for reward in module.reward.models:
-        if reward.device is not None:
-            continue
-        model = outlined_classifier(reward.spec)
-        rounded = rounded_weights(reward.spec, outlined_classifier)
-        tensors = {name: tensor.numel() * tensor.element_size() for name, tensor in model.named_parameters()}
-        tensors |= {name: tensor.numel() * tensor.element_size() for name, tensor in model.named_buffers()}
-        runnable(model, mode)
-        found.append(Classifier(reward, model, sum({**tensors, **rounded}.values())))
-    return found
+    return [_classifier(mode, module, reward, placement) for reward in module.reward.models if reward.device is None]
+
+
+def _classifier(mode: FakeTensorMode, module: OnlineModule, reward: RewardModel, placement: Placement) -> Classifier:
+    """One of them, of which each device has a part if it is sharded; it keeps its own type."""
+    spec, is_sharded = reward.spec, reward.shards and placement.is_sharded
+    if spec.quantization is not None and (is_sharded or module.offload_frozen):
+        raise ValueError(
+            f"`quantization={spec.quantization!r}` of the reward model {reward.name!r}: its weights can be neither "
+            "sharded nor moved. Leave it out, or pass `RewardModel(..., sharded=False)` and no `offload_frozen=True`."
+        )
+    model = outlined_classifier(spec)
+    rounded = rounded_weights(spec, outlined_classifier)
+    sizes = {name: _size(parameter, placement if is_sharded else None) for name, parameter in model.named_parameters()}
+    sizes |= {name: _size(buffer) for name, buffer in model.named_buffers()}
+    runnable(model, mode)
+    gathered = _gathered(mode, model) if is_sharded else 0
+    return Classifier(reward, model, sum({**sizes, **rounded}.values()), gathered)
+
+
+def _size(tensor: Tensor, placement: Placement | None = None) -> int:
+    shape = tensor.shape if placement is None else placement.part(tensor.shape)
+    return torch.Size(shape).numel() * tensor.element_size()
+
+
+def _gathered(mode: FakeTensorMode, model: Any) -> int:
+    """What is whole of a sharded classifier while it scores."""
+
+    def run() -> None:
+        tokens = torch.zeros(1, 4, dtype=torch.long)
+        model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+
+    with mode, torch.no_grad():
+        blocks = [model.get_submodule(name) for name in find_stacks(model, run)]
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    root = sum(_size(p) for p in model.parameters() if id(p) not in inside)
+    return at_once(root, [sum(map(_size, block.parameters())) for block in blocks])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_rlhf.generation.sampling import Sampling, draw
 from lightning_rlhf.models.blocks import instead
+from lightning_rlhf.models.branches import ValueAdapter, ValueBranch
 from lightning_rlhf.models.freezing import frozen_blocks
 from lightning_rlhf.models.trunk import Trunk
 from lightning_rlhf.planning.live import Live
-from lightning_rlhf.planning.networks import Classifier, Network
+from lightning_rlhf.planning.networks import Classifier
+from lightning_rlhf.planning.outlines import Network
 from lightning_rlhf.planning.paper import (
     ACTIVATIONS,
     CACHE,
@@ -29,40 +30,26 @@ from lightning_rlhf.planning.paper import (
     longest,
 )
 from lightning_rlhf.planning.placement import Placement
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Texts of a pass, all of the greatest length.
-
-    Attributes:
-        count: How many.
-        prompt: Tokens of a prompt.
-        response: Tokens of a response.
-    """
-
-    count: int
-    prompt: int
-    response: int
-
-    @property
-    def columns(self) -> int:
-        """Tokens that a decoder-only model reads in order to predict a response."""
-        return self.prompt + self.response - 1
+from lightning_rlhf.planning.rows import Rows, reading, values_of
 
 
 class Passes:
-    """The passes of one network.
+    """The passes of one network, and of a critic beside it.
 
     Args:
         mode: In which the network was made.
         network: With the types in which it computes.
         placement: Of the run.
+        critic: A network of its own that says values in the same passes.
     """
 
-    def __init__(self, mode: FakeTensorMode, network: Network, placement: Placement) -> None:
+    def __init__(
+        self, mode: FakeTensorMode, network: Network, placement: Placement, critic: Network | None = None
+    ) -> None:
         self.mode = mode
         self.network = network
+        self.critic = critic
+        self.all = [network] if critic is None else [network, critic]
         self.placement = placement
         self.decoder = network.decoder
         self.head: Any = self.decoder.model.get_output_embeddings()
@@ -79,7 +66,7 @@ class Passes:
         Returns:
             Bytes by what they are for, when they are most.
         """
-        trained = self.network.trained
+        trained = [parameter for network in self.all for parameter in network.trained]
         with self._live() as live:
             hooks = [p.register_post_accumulate_grad_hook(lambda p: live.relabel(p.grad, GRADIENTS)) for p in trained]
             self._gradients(live, trained, in_forward)
@@ -97,7 +84,7 @@ class Passes:
 
     @torch.no_grad()
     def scoring(self, rows: Rows) -> Counter[str]:
-        """A forward pass without gradients.
+        """A forward pass without gradients, for log-probs alone.
 
         Args:
             rows: Of the pass.
@@ -108,7 +95,26 @@ class Passes:
         with self._live() as live:
             self._modes(training=False)
             with self.placement.autocast():
-                self._forward(live, rows)
+                self._forward(live, rows, with_values=False)
+        return live.peak
+
+    @torch.no_grad()
+    def valuing(self, rows: Rows) -> Counter[str]:
+        """A forward pass without gradients, for values alone, where the sampler does not have them.
+
+        Args:
+            rows: Of the pass.
+
+        Returns:
+            Bytes by what they are for, when they are most.
+        """
+        with self._live() as live:
+            self._modes(training=False)
+            with self.placement.autocast():
+                if self.critic is not None:
+                    values_of(self.critic, rows)
+                elif isinstance(branch := self.network.value, ValueBranch | ValueAdapter):
+                    branch.alone(self.decoder, reading(self.decoder, rows))
         return live.peak
 
     @torch.no_grad()
@@ -161,7 +167,7 @@ class Passes:
         Returns:
             The bytes; 0 where there are no frozen blocks.
         """
-        branch = frozen_blocks(self.decoder)
+        branch = frozen_blocks(self.decoder, self.network.branches)
         if branch is None:
             return 0
         assert self.decoder.blocks is not None
@@ -172,7 +178,7 @@ class Passes:
         prefix = len(getattr(self.decoder, "prefix", ()))
         return rows.count * (rows.columns + prefix) * seen[-1].shape[-1] * seen[-1].element_size()
 
-    def _forward(self, live: Live, rows: Rows) -> Tensor:
+    def _forward(self, live: Live, rows: Rows, with_values: bool = True) -> Tensor:
         """Something that depends on log-probs and values of responses."""
         begun, mask, cache = self._begun(rows)
         written = torch.zeros(rows.count, rows.response - 1, dtype=torch.long)
@@ -186,12 +192,22 @@ class Passes:
                 states, weight = states.to(dtype), weight.to(dtype)
             return HeadOnPaper.apply(states[:, -rows.response :], weight, bias, live)
 
-        with instead(self.head, say) if self.is_plain else nullcontext():
+        value = self.network.value if with_values else None
+        branch = value if isinstance(value, ValueBranch | ValueAdapter) else None
+        again = reading(self.decoder, rows)
+        if again.source is not None and isinstance(branch, ValueBranch):
+            again.source.states = cache.states  # both read what the encoder made once
+        listening = nullcontext([]) if branch is None else branch.listening(self.decoder, again)
+        with instead(self.head, say) if self.is_plain else nullcontext(), listening as heard:
             output = self.decoder(tokens, mask, rows.response, cache)
-        said = output.logits if self.is_plain else SoftmaxOnPaper.apply(output.logits, live)
-        if self.network.value_head is None:
-            return said.sum()
-        return said.sum() + self.network.value_head(output.states).sum()
+        said = (output.logits if self.is_plain else SoftmaxOnPaper.apply(output.logits, live)).sum()
+        if branch is not None:
+            said = said + branch(self.decoder, again, heard).sum()
+        elif value is not None:
+            said = said + value(output.states).sum()
+        if with_values and self.critic is not None:
+            said = said + values_of(self.critic, rows).sum()
+        return said
 
     def _begun(self, rows: Rows) -> tuple[Tensor, Tensor, Any]:
         prompt = torch.zeros(rows.count, rows.prompt, dtype=torch.long)
@@ -210,13 +226,15 @@ class Passes:
         return isinstance(self.head, nn.Linear) and is_same
 
     def _modes(self, training: bool) -> None:
-        for part in self.network.parts.values():
-            part.train(training)
+        for network in self.all:
+            for part in network.modules:
+                part.train(training)
 
     @contextmanager
     def _live(self) -> Iterator[Live]:
         with self.mode, Live(ACTIVATIONS) as live:
-            live.ignore(self.network.tensors)
+            for network in self.all:
+                live.ignore(network.tensors)
             yield live
 
     @staticmethod

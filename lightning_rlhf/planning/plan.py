@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from lightning_rlhf.modules.base import RLHFModule
+from lightning_rlhf.modules.critics import ActorCriticModule
 from lightning_rlhf.modules.online import OnlineModule
 from lightning_rlhf.planning import gathering
 from lightning_rlhf.planning.networks import Networks
@@ -14,7 +15,7 @@ from lightning_rlhf.planning.passes import Passes, Rows, scored
 from lightning_rlhf.planning.placement import Placement
 from lightning_rlhf.planning.updates import optimizer_bytes
 
-POLICY, VALUE, REFERENCE, REWARD = "policy", "value head", "reference", "reward model"
+POLICY, VALUE, REFERENCE, REWARD = "policy", "values", "reference", "reward model"
 OPTIMIZER, EXCHANGE, GATHERED, TRUNK = "optimizer", "exchange of gradients", "gathered weights", "kept trunk"
 STANDING = (POLICY, VALUE, REFERENCE, REWARD, GRADIENTS, OPTIMIZER)
 PARTS = (*STANDING, EXCHANGE, GATHERED, TRUNK, CACHE, ACTIVATIONS, LOGITS)
@@ -80,28 +81,23 @@ class Plan:
         networks = Networks.of(module, placement)
         batches = Batches.of(module, networks, sizes)
         held, at_once = _held(module, networks, placement)
-        policy = networks.policy
-        standing = {EXCHANGE: gathering.exchanged(policy, placement) if placement.spread == "ddp" else 0}
+        policy, learning = networks.policy, networks.learning
+        standing = {EXCHANGE: gathering.exchanged(learning, placement) if placement.spread == "ddp" else 0}
         held += Counter(standing)
-        exchange = Counter({EXCHANGE: gathering.exchanged(policy, placement) if placement.is_sharded else 0})
+        exchange = Counter({EXCHANGE: gathering.exchanged(learning, placement) if placement.is_sharded else 0})
         whole = Counter({GATHERED: gathering.whole(policy, placement)})
-        running = Counter({GATHERED: gathering.while_running(policy, placement)})
-        compared = networks.reference or policy
-        comparing = Counter({GATHERED: gathering.while_running(compared, placement)})
+        running = Counter({GATHERED: gathering.while_running(learning, placement)})
+        reading = _gathered_in_scoring(networks, placement)
         networks.compute_in(placement)
 
-        passes = Passes(networks.mode, policy, placement)
+        passes = Passes(networks.mode, policy, placement, networks.critic)
         phases: dict[str, Counter[str]] = {}
         trunk: Counter[str] = Counter()
         if isinstance(module, OnlineModule):
             trunk = _trunk(passes, batches, module.trunk_gib)
             rollout = passes.rollout(batches.prompts, module.responses_per_prompt, module.sampling)
             phases[GENERATE] = held + trunk + whole + rollout
-            scoring = [scored(networks.mode, reward, batches.texts) for reward in networks.rewards]
-            if networks.form or module.corrected.recomputes:
-                comparer = passes if networks.reference is None else Passes(networks.mode, compared, placement)
-                scoring.append(comparer.scoring(batches.micro) + comparing)
-            phases[SCORE] = held + trunk + max(scoring, key=Counter.total, default=Counter())
+            phases[SCORE] = held + trunk + _scoring(module, networks, batches, passes, reading)
             trunk += Counter({TRUNK: passes.trunk_bytes(batches.minibatch) if trunk else 0})  # a copy, in pieces
         update = passes.update(batches.micro, *batches.finds_gradients(module, placement))
         before = held.copy()
@@ -116,18 +112,57 @@ class Plan:
 
 def _held(module: RLHFModule, networks: Networks, placement: Placement) -> tuple[Counter[str], int]:
     """What is there from the first update on, and what an optimizer's step takes beside it."""
-    policy = networks.policy
-    state, at_once = optimizer_bytes(networks.mode, module, policy, placement)
-    value_head = () if policy.value_head is None else policy.value_head.parameters()
+    policy, critic = networks.policy, networks.critic
+    state, at_once = optimizer_bytes(module, networks, placement)
+    waits = isinstance(module, OnlineModule) and module.offload_frozen
     held = {
         POLICY: policy.bytes(placement),
-        VALUE: placement.bytes_of(value_head),
-        REFERENCE: networks.reference_bytes,
-        REWARD: sum(reward.bytes for reward in networks.rewards),
-        GRADIENTS: placement.bytes_of(policy.trained),
+        VALUE: policy.value_bytes(placement)
+        + (0 if critic is None else critic.bytes(placement) + critic.value_bytes(placement)),
+        REFERENCE: 0 if waits else networks.reference_bytes,
+        REWARD: 0 if waits else sum(reward.bytes for reward in networks.rewards),
+        GRADIENTS: sum(placement.bytes_of(network.trained) for network in networks.learning),
         OPTIMIZER: state,
     }
     return Counter(held), at_once
+
+
+def _gathered_in_scoring(networks: Networks, placement: Placement) -> dict[str, Counter[str]]:
+    """What is whole while finished texts are read; what has read values stays whole in part until the backward pass.
+
+    By what is read: values, reference, policy.
+    """
+    valuing, policy = networks.critic or networks.policy, networks.policy
+    left = 0 if valuing is policy and policy.value is None else gathering.left_whole(valuing, placement)
+    running = {
+        VALUE: gathering.while_running([valuing], placement),
+        REFERENCE: gathering.while_running([networks.reference or policy], placement) + left,
+        POLICY: gathering.while_running([policy], placement) + left,
+    }
+    return {part: Counter({GATHERED: size}) for part, size in running.items()}
+
+
+def _scoring(
+    module: OnlineModule, networks: Networks, batches: Batches, passes: Passes, gathered: dict[str, Counter[str]]
+) -> Counter[str]:
+    """What it takes, beside what is there anyhow, to read finished texts when that is most."""
+    waits = module.offload_frozen
+    rewards = Counter()
+    comparing = Counter()
+    for reward in networks.rewards:
+        fetched = {REWARD: reward.bytes if waits else 0, GATHERED: reward.gathered}
+        rewards = max(rewards, scored(networks.mode, reward, batches.texts) + Counter(fetched), key=Counter.total)
+    if networks.form:
+        reference = networks.reference
+        comparer = passes if reference is None else Passes(networks.mode, reference, passes.placement)
+        comparing = comparer.scoring(batches.micro) + gathered[REFERENCE]
+        comparing[REFERENCE] += networks.reference_bytes if waits else 0
+    found = [rewards + comparing] if module.reward_in_background else [rewards, comparing]
+    if module.corrected.recomputes:
+        found.append(passes.scoring(batches.micro) + gathered[POLICY])
+    if isinstance(module, ActorCriticModule) and not module.sampler_keeps_values:
+        found.append(passes.valuing(batches.valued) + gathered[VALUE])
+    return max(found, key=Counter.total)
 
 
 def _trunk(passes: Passes, batches: Batches, limit: float) -> Counter[str]:
@@ -152,6 +187,11 @@ class Batches:
     minibatch: Rows
     micro: Rows
 
+    @property
+    def valued(self) -> Rows:
+        """Of a pass over finished texts for values, which may read a token more: an end that was cut off."""
+        return replace(self.micro, response=self.micro.response + 1)
+
     @classmethod
     def of(cls, module: RLHFModule, networks: Networks, sizes: Sizes) -> Batches:
         """Those of a module.
@@ -169,11 +209,13 @@ class Batches:
         """
         is_online = isinstance(module, OnlineModule)
         response = module.sampling.max_new_tokens if is_online else sizes.response
-        room = networks.policy.decoder.prompt_room(response)
+        rooms = [network.decoder.prompt_room(response) for network in networks.learning]
+        room = min((room for room in rooms if room is not None), default=None)
+        whose = "policy" if room == rooms[0] else "critic"
         prompt = sizes.prompt or (512 if room is None else max(1, min(512, room)))
         if room is not None and prompt > room:
             raise ValueError(
-                f"`prompt_tokens={prompt}` and a response of {response} are more than the policy's positions: "
+                f"`prompt_tokens={prompt}` and a response of {response} are more than the {whose}'s positions: "
                 f"there is room for a prompt of {room}."
             )
         rows = Rows(sizes.batch, prompt, response)
@@ -219,4 +261,8 @@ class Batches:
         if isinstance(module, OnlineModule):
             facts.append(f"A rollout: {self.texts.count} responses to {self.prompts.count} prompts.")
             facts.append(f"Reference: {networks.form or 'none'}.")
+            facts += [f"Values: {networks.values}."] if networks.values else []
+            facts += [f"Reward model {reward.reward.name}: {reward.form}." for reward in networks.rewards]
+            if module.offload_frozen:
+                facts.append("Reference and reward models are on the device only while each of them is asked.")
         return facts

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from lightning_rlhf.modules.base import RLHFModule
+from lightning_rlhf.modules.critics import ActorCriticModule
 from lightning_rlhf.modules.online import OnlineModule
 from lightning_rlhf.planning.paper import ACTIVATIONS, CACHE, GRADIENTS, LOGITS
 from lightning_rlhf.planning.placement import Placement
@@ -20,6 +21,7 @@ from lightning_rlhf.planning.plan import (
     REFERENCE,
     REWARD,
     TRUNK,
+    VALUE,
     Plan,
 )
 from lightning_rlhf.strategies.fsdp2 import NAME
@@ -114,6 +116,10 @@ def _remedies(part: str, phase: str, module: RLHFModule, placement: Placement) -
             "The whole policy is on every device while it writes: take a smaller one, or one in four bits with an "
             "adapter (`policy.quantization: nf4-dq`) under `trainer.strategy: ddp`."
         )
+    if part == VALUE and isinstance(module, ActorCriticModule) and not module.sampler_keeps_values:
+        yield "A value head on the policy's own states (no `critic`, `num_value_layers_unfrozen: 0`) copies no blocks."
+    if part in (REFERENCE, REWARD) and not shares and isinstance(module, OnlineModule) and not module.offload_frozen:
+        yield "`offload_frozen: true` keeps reference and reward models in host memory while they are not asked."
     if part == REFERENCE:
         yield "`kl_coef: 0` needs no reference."
     if part == REWARD:

@@ -6,27 +6,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.optimization import check_shards, is_bitsandbytes, make_optimizer, parameter_groups
 from lightning_rlhf.planning.live import Live
-from lightning_rlhf.planning.networks import Network
+from lightning_rlhf.planning.networks import Networks
 from lightning_rlhf.planning.placement import Placement
 
 STEP = "step"
 
 
-def optimizer_bytes(
-    mode: FakeTensorMode, module: RLHFModule, network: Network, placement: Placement
-) -> tuple[int, int]:
+def optimizer_bytes(module: RLHFModule, networks: Networks, placement: Placement) -> tuple[int, int]:
     """What the module's optimizer takes on a device.
 
     Args:
-        mode: In which the network was made.
         module: Says which optimizer, and its groups.
-        network: That trains.
+        networks: Some of which train.
         placement: Of the run.
 
     Returns:
@@ -35,7 +31,8 @@ def optimizer_bytes(
     Raises:
         ValueError: If nothing trains, or the optimizer cannot update sharded weights or be planned.
     """
-    groups = parameter_groups(network.parts, module.learning_rates, module.decay_norms_and_biases)
+    mode = networks.mode
+    groups = parameter_groups(networks.parts, module.learning_rates, module.decay_norms_and_biases)
     if not groups:
         raise ValueError(
             f"`num_layers_unfrozen={module.spec.num_layers_unfrozen}` leaves {type(module).__name__} nothing to train: "
@@ -43,7 +40,8 @@ def optimizer_bytes(
         )
     with mode:
         parts = {id(p): _part(p, placement) for group in groups for p in group["params"]}
-    tables = [table for part in network.parts.values() for table in part.modules() if isinstance(table, nn.Embedding)]
+    modules = [module for network in networks.learning for part in network.modules for module in part.modules()]
+    tables = [table for table in modules if isinstance(table, nn.Embedding)]
     embeddings = [parts[id(p)] for table in tables for p in table.parameters() if id(p) in parts]
     groups = [{**group, "params": [parts[id(p)] for p in group["params"]]} for group in groups]
     optimizer: Any = make_optimizer(module.optimizer, groups, embeddings)

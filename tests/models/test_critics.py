@@ -33,7 +33,7 @@ def branched(config, num_layers, unfrozen=-1):
     decoder = seen(config)
     freeze(decoder, unfrozen)
     torch.manual_seed(3)
-    branch = ValueBranch(decoder, num_layers, ValueHead(decoder.width))
+    branch = ValueBranch.of(decoder, num_layers, ValueHead(decoder.width))
     keep_frozen_blocks(decoder, num_layers)
     with torch.no_grad():
         for parameter in branch.copies.parameters():
@@ -138,7 +138,7 @@ def test_a_branch_begins_with_what_was_kept_of_the_frozen_blocks(name, unfrozen,
 
 def test_a_branch_of_more_blocks_than_there_are_is_refused():
     with pytest.raises(ValueError, match="`num_value_layers_unfrozen=3`: it is more than the 2 blocks of GPT2LMHead"):
-        ValueBranch(seen(tiny_gpt2()), 3, ValueHead(16))
+        ValueBranch.of(seen(tiny_gpt2()), 3, ValueHead(16))
 
 
 # --- models of their own ----------------------------------------------------------------------------------------------

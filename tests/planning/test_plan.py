@@ -5,10 +5,11 @@ import functools
 import bitsandbytes
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, GPT2ForSequenceClassification
 
-from lightning_rlhf import GRPOModule, ModelSpec, PPOModule, RewardModel
+from lightning_rlhf import GRPOModule, ModelSpec, PPOModule, RewardModel, RewardModule
 from lightning_rlhf.batches import ImitationBatch
+from lightning_rlhf.models.adapters import VALUE as VALUE_ADAPTER
 from lightning_rlhf.modules.optimization import make_optimizer
 from lightning_rlhf.planning.live import Live
 from lightning_rlhf.planning.networks import Networks
@@ -62,11 +63,13 @@ def check_against_built(module, placement=ONE):
     """The standing parts of a plan are those of the module once it is built, and of its optimizer after a step."""
     held = Plan.of(module, placement, SIZES).bytes[STEP]
     policy = build(module).policy
-    head = policy.value_head
     reference = module.reference
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    assert held[POLICY] == size(everything(policy.decoder))
-    assert held[VALUE] == (0 if head is None else size(everything(head)))
+    trained = [p for p in module.parameters() if p.requires_grad]
+    own = (
+        set() if policy.decoder.adapters is None else {id(p) for p in policy.decoder.adapters.parameters(VALUE_ADAPTER)}
+    )
+    assert held[POLICY] == size([t for t in everything(policy.decoder) if id(t) not in own])
+    assert held[POLICY] + held[VALUE] == size(everything(module))
     assert held[GRADIENTS] == size(trained)
     copies = [] if reference is None else list(reference.network.parameters())
     shared = {id(t) for t in everything(policy)}
@@ -103,6 +106,57 @@ def test_an_adapter_trains_alone_and_its_reference_takes_nothing(name):
     held = check_against_built(module_of(PPOModule, ModelSpec(config, adapter=LORA), optimizer=None))
     assert held[REFERENCE] == 0
     assert held[GRADIENTS] < held[POLICY] / 2
+
+
+VALUES = {
+    "linear": {"value_head": "linear"},
+    "branch": {"num_value_layers_unfrozen": 1},
+    "copy": {"critic": "policy"},
+}
+"""What says values of a policy whose weights train."""
+
+
+@pytest.mark.parametrize(("name", "layers"), [("gpt2", 1), ("gpt_neox", -1), ("t5", 1)])
+@pytest.mark.parametrize("says", VALUES)
+def test_what_says_values_is_counted_as_it_is_built(name, layers, says):
+    config = deep(name) if name in ARCHITECTURES else ENCODER_DECODERS[name]()
+    module = module_of(PPOModule, ModelSpec(config, num_layers_unfrozen=layers), optimizer=None, **VALUES[says])
+    held = check_against_built(module)
+    assert held[VALUE] > 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("more", [{"critic": "policy"}, {"num_value_layers_unfrozen": 1}])
+def test_so_is_what_says_values_beside_an_adapter(name, more):
+    config = {**ARCHITECTURES, **ENCODER_DECODERS}[name]()
+    held = check_against_built(module_of(PPOModule, ModelSpec(config, adapter=LORA), optimizer=None, **more))
+    assert held[REFERENCE] == 0
+    assert held[VALUE] > 0
+    assert ("num_value_layers_unfrozen" in more) == (held[VALUE] > held[POLICY] / 4)
+
+
+def saved(folder, model):
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_critic_of_another_model_counts_by_itself(tmp_path):
+    folder = saved(tmp_path, network(tiny_gpt2(width=8, layers=3)))
+    critic = ModelSpec(folder, num_layers_unfrozen=2)
+    held = check_against_built(module_of(PPOModule, critic=critic, optimizer=None))
+    assert held[GRADIENTS] < held[POLICY] + held[VALUE]
+
+
+def test_so_does_one_that_is_a_classifier_and_its_head(tmp_path):
+    config = tiny_gpt2(width=8, num_labels=1)
+    folder = saved(tmp_path / "one", GPT2ForSequenceClassification(config))
+    check_against_built(module_of(PPOModule, critic=folder, optimizer=None))
+    config.num_labels = 2
+    folder = saved(tmp_path / "two", GPT2ForSequenceClassification(config))
+    with pytest.raises(ValueError, match="has 2 labels, of which none is a value"):
+        Plan.of(module_of(PPOModule, critic=folder), ONE, SIZES)
+    check_against_built(module_of(PPOModule, critic=folder, value_head="mlp", optimizer=None))
 
 
 def test_nothing_is_compared_where_divergence_has_no_price():
@@ -194,12 +248,20 @@ def real_pass(module, rows):
     policy = build(module).policy.train()
     batch = batch_of(rows.count, rows.prompt, rows.response)
     with Live("all") as live:
-        live.ignore(everything(policy))
+        live.ignore(everything(module))
         output = policy(batch)
-        loss = output.logprobs.sum() + (0 if output.values is None else output.values.sum())
-        del output
+        values = output.values if module.critic is None else module.critic(batch)
+        loss = output.logprobs.sum() + (0 if values is None else values.sum())
+        del output, values
         loss.backward()
     return live.peak.total()
+
+
+def planned_pass(module, rows):
+    """The peak of the same pass in a plan."""
+    networks = Networks.of(module, ONE)
+    passes = Passes(networks.mode, networks.policy, ONE, networks.critic)
+    return passes.update(rows, in_forward=False, in_backward=False)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama", "opt", "gemma", "gemma2", "t5", "bart"])
@@ -208,10 +270,43 @@ def test_a_training_pass_holds_what_it_does_with_numbers(name, more):
     build_config = deep if name in ARCHITECTURES else lambda name: ENCODER_DECODERS[name]()
     rows = Rows(count=6, prompt=20, response=24)
     module = module_of(PPOModule, ModelSpec(build_config(name), **more))
-    networks = Networks.of(module, ONE)
-    planned = Passes(networks.mode, networks.policy, ONE).update(rows, in_forward=False, in_backward=False)
+    planned = planned_pass(module, rows)
     assert planned.total() == pytest.approx(real_pass(module, rows), rel=0.15)
     assert planned[ACTIVATIONS] > 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_value_layers_unfrozen": 1},
+        {"critic": "policy"},
+        {"critic": "policy", "adapter": LORA},
+        {"num_value_layers_unfrozen": 1, "adapter": LORA, "gradient_checkpointing": True},
+    ],
+)
+def test_a_training_pass_with_values_of_their_own_does_too(name, more):
+    config = deep(name) if name in ARCHITECTURES else ENCODER_DECODERS[name]()
+    rows = Rows(count=6, prompt=20, response=24)
+    says = {key: value for key, value in more.items() if key in ("critic", "num_value_layers_unfrozen")}
+    spec = ModelSpec(config, **{key: value for key, value in more.items() if key not in says})
+    module = module_of(PPOModule, spec, **says)
+    planned = planned_pass(module, rows)
+    assert planned.total() == pytest.approx(real_pass(module, rows), rel=0.15)
+    assert planned.total() > planned_pass(module_of(PPOModule, spec), rows).total()
+
+
+@pytest.mark.parametrize("more", [{"num_value_layers_unfrozen": 1}, {"critic": "policy"}])
+def test_finished_texts_are_read_for_values(more):
+    module = module_of(PPOModule, tiny_gpt2(), kl_coef=0.0, **more)
+    score = Plan.of(module, ONE, SIZES).bytes[SCORE]
+    batch = batch_of(3, 5, 7)
+    critic = (build(module).critic or module.policy).eval()
+    with torch.no_grad(), Live("all") as live:
+        live.ignore(everything(module))
+        critic.values(batch) if module.critic is None else critic(batch)
+    assert score[ACTIVATIONS] == pytest.approx(live.peak.total(), rel=0.15)
+    assert Plan.of(module_of(PPOModule, tiny_gpt2(), kl_coef=0.0), ONE, SIZES).bytes[SCORE][ACTIVATIONS] == 0
 
 
 def test_gradients_that_are_there_already_come_on_top():
@@ -327,6 +422,62 @@ def test_half_precision_halves_what_it_is_of():
     assert gathered == whole // 2
 
 
+def test_a_critic_is_spread_as_the_policy_is():
+    def held(placement, **more):
+        return Plan.of(module_of(PPOModule, tiny_gpt2(), optimizer=None, **more), placement, SIZES).bytes
+
+    sharded, ddp = Placement(4, "sharded", is_gpu=False), Placement(4, "ddp", is_gpu=False)
+    for more in (VALUES["branch"], VALUES["copy"]):
+        one, parts = held(ONE, **more), held(sharded, **more)
+        assert held(ddp, **more)[STEP][EXCHANGE] == one[STEP][GRADIENTS]
+        for part in (VALUE, GRADIENTS, OPTIMIZER):
+            assert parts[STEP][part] == pytest.approx(one[STEP][part] / 4, rel=0.2)
+    alone, critic, branch = (held(sharded, **more) for more in ({}, VALUES["copy"], VALUES["branch"]))
+    assert critic[GENERATE][GATHERED] < alone[GENERATE][GATHERED] < branch[GENERATE][GATHERED]
+    for part in (GATHERED, EXCHANGE):
+        assert critic[BACKWARD][part] > alone[BACKWARD][part]
+    assert critic[SCORE][GATHERED] > alone[SCORE][GATHERED]
+
+
+def with_classifier(tmp_path, **more):
+    config = tiny_gpt2(width=32, layers=4, num_labels=1)
+    folder = saved(tmp_path, GPT2ForSequenceClassification(config))
+    return lambda **arguments: module_of(PPOModule, reward=RewardModel(folder, **more), **arguments)
+
+
+def test_a_reward_model_is_sharded_where_the_policy_is(tmp_path):
+    sharded = Placement(4, "sharded", is_gpu=False)
+    whole = Plan.of(with_classifier(tmp_path)(), ONE, SIZES)
+    part = Plan.of(with_classifier(tmp_path)(), sharded, SIZES)
+    apart = Plan.of(with_classifier(tmp_path, sharded=False)(), sharded, SIZES)
+    model = GPT2ForSequenceClassification.from_pretrained(tmp_path)
+    assert part.bytes[STEP][REWARD] == sum(-(-len(p) // 4) * size([p[0]]) for p in model.parameters())
+    assert apart.bytes[STEP][REWARD] == whole.bytes[STEP][REWARD] == size(everything(model))
+    root = size([*model.transformer.wte.parameters(), *model.transformer.wpe.parameters()])
+    root += size([*model.transformer.ln_f.parameters(), *model.score.parameters()])
+    gathered = Networks.of(with_classifier(tmp_path)(), sharded).rewards[0].gathered
+    assert gathered == root + max(root, 3 * size(model.transformer.h[0].parameters()))
+    assert any("a part on each device" in fact for fact in part.facts)
+    assert any("whole on each device" in fact for fact in apart.facts)
+    with pytest.raises(ValueError, match="`reward_in_background=True`: the reward model"):
+        Plan.of(with_classifier(tmp_path)(reward_in_background=True), sharded, SIZES)
+
+
+def test_networks_that_wait_in_host_memory_are_there_while_they_are_asked(tmp_path):
+    there, waits, both = (
+        Plan.of(with_classifier(tmp_path)(**more), ONE, SIZES)
+        for more in ({}, {"offload_frozen": True}, {"offload_frozen": True, "reward_in_background": True})
+    )
+    for part in (REWARD, REFERENCE):
+        assert there.bytes[STEP][part] == there.bytes[GENERATE][part] == both.bytes[SCORE][part] > 0
+        assert waits.bytes[STEP][part] == waits.bytes[GENERATE][part] == waits.bytes[BACKWARD][part] == 0
+    assert waits.bytes[SCORE][REWARD] == there.bytes[SCORE][REWARD]
+    assert waits.bytes[SCORE][REFERENCE] == 0  # smaller, and asked by itself
+    assert any("only while" in fact for fact in waits.facts)
+    with pytest.raises(ValueError, match="`offload_frozen=True`: sharded weights stay where they are"):
+        Plan.of(with_classifier(tmp_path)(offload_frozen=True), Placement(2, "sharded"), SIZES)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -391,6 +542,25 @@ def test_what_could_not_run_is_not_planned(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="`policy='[^']*empty'` has no config that can be read"):
         Plan.of(module_of(PPOModule, str(tmp_path / "empty")), ONE, SIZES)
+
+
+def test_a_critic_that_could_not_train_is_not_planned(tmp_path):
+    folder = saved(tmp_path, network(ARCHITECTURES["llama"](hidden_size=64, intermediate_size=128)))
+
+    def planned(spec, **arguments):
+        return Plan.of(module_of(PPOModule, spec, **arguments), ONE, SIZES)
+
+    with pytest.raises(ValueError, match="`critic.quantization='nf4'` is for a critic that is an adapter"):
+        planned(None, critic=ModelSpec(folder, quantization="nf4"))
+    critic = ModelSpec(folder, adapter=LORA, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="`critic.gradient_checkpointing=True`: policy and critic have one model"):
+        planned(ModelSpec(folder, adapter=LORA), critic=critic)
+    with pytest.raises(ValueError, match="`num_value_layers_unfrozen=3`: it is more than the 2 blocks"):
+        planned(None, num_value_layers_unfrozen=3)
+    with pytest.raises(ValueError, match=r"more than the critic's positions: .* room for a prompt of 10"):
+        Plan.of(module_of(PPOModule, critic=tiny_gpt2(n_positions=16)), ONE, Sizes(batch=3, prompt=11))
+    with pytest.raises(ValueError, match="`model=RewardModule` cannot be planned"):
+        Plan.of(RewardModule(folder), ONE, SIZES)
 
 
 def test_an_optimizer_that_looks_at_numbers_is_refused():
