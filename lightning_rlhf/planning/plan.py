@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
+from lightning_rlhf.models.branches import ValueAdapter, ValueBranch
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.critics import ActorCriticModule
 from lightning_rlhf.modules.online import OnlineModule
@@ -133,11 +134,12 @@ def _gathered_in_scoring(networks: Networks, placement: Placement) -> dict[str, 
     By what is read: values, reference, policy.
     """
     valuing, policy = networks.critic or networks.policy, networks.policy
-    left = 0 if valuing is policy and policy.value is None else gathering.left_whole(valuing, placement)
+    reads = networks.critic is not None or isinstance(policy.value, ValueBranch | ValueAdapter)
+    left = gathering.left_whole(valuing, placement) if reads else 0
     running = {
         VALUE: gathering.while_running([valuing], placement),
         REFERENCE: gathering.while_running([networks.reference or policy], placement) + left,
-        POLICY: gathering.while_running([policy], placement) + left,
+        POLICY: gathering.while_running([policy], placement) + (0 if valuing is policy else left),
     }
     return {part: Counter({GATHERED: size}) for part, size in running.items()}
 
