@@ -12,8 +12,9 @@ from lightning_rlhf.modules.online import OnlineModule
 from lightning_rlhf.planning import gathering
 from lightning_rlhf.planning.networks import Networks
 from lightning_rlhf.planning.paper import ACTIVATIONS, CACHE, GRADIENTS, LOGITS
-from lightning_rlhf.planning.passes import Passes, Rows, scored
+from lightning_rlhf.planning.passes import Passes, scored
 from lightning_rlhf.planning.placement import Placement
+from lightning_rlhf.planning.rows import Rows
 from lightning_rlhf.planning.updates import optimizer_bytes
 
 POLICY, VALUE, REFERENCE, REWARD = "policy", "values", "reference", "reward model"
@@ -149,8 +150,8 @@ def _scoring(
 ) -> Counter[str]:
     """What it takes, beside what is there anyhow, to read finished texts when that is most."""
     waits = module.offload_frozen
-    rewards = Counter()
-    comparing = Counter()
+    rewards: Counter[str] = Counter()
+    comparing: Counter[str] = Counter()
     for reward in networks.rewards:
         fetched = {REWARD: reward.bytes if waits else 0, GATHERED: reward.gathered}
         rewards = max(rewards, scored(networks.mode, reward, batches.texts) + Counter(fetched), key=Counter.total)
