@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
+from lightning_rlhf.models.branches import ValueAdapter, ValueBranch
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.critics import ActorCriticModule
 from lightning_rlhf.modules.online import OnlineModule
 from lightning_rlhf.planning import gathering
 from lightning_rlhf.planning.networks import Networks
 from lightning_rlhf.planning.paper import ACTIVATIONS, CACHE, GRADIENTS, LOGITS
-from lightning_rlhf.planning.passes import Passes, Rows, scored
+from lightning_rlhf.planning.passes import Passes, scored
 from lightning_rlhf.planning.placement import Placement
+from lightning_rlhf.planning.rows import Rows
 from lightning_rlhf.planning.updates import optimizer_bytes
 
 POLICY, VALUE, REFERENCE, REWARD = "policy", "values", "reference", "reward model"
@@ -133,11 +135,12 @@ def _gathered_in_scoring(networks: Networks, placement: Placement) -> dict[str, 
     By what is read: values, reference, policy.
     """
     valuing, policy = networks.critic or networks.policy, networks.policy
-    left = 0 if valuing is policy and policy.value is None else gathering.left_whole(valuing, placement)
+    reads = networks.critic is not None or isinstance(policy.value, ValueBranch | ValueAdapter)
+    left = gathering.left_whole(valuing, placement) if reads else 0
     running = {
         VALUE: gathering.while_running([valuing], placement),
         REFERENCE: gathering.while_running([networks.reference or policy], placement) + left,
-        POLICY: gathering.while_running([policy], placement) + left,
+        POLICY: gathering.while_running([policy], placement) + (0 if valuing is policy else left),
     }
     return {part: Counter({GATHERED: size}) for part, size in running.items()}
 
@@ -147,8 +150,8 @@ def _scoring(
 ) -> Counter[str]:
     """What it takes, beside what is there anyhow, to read finished texts when that is most."""
     waits = module.offload_frozen
-    rewards = Counter()
-    comparing = Counter()
+    rewards: Counter[str] = Counter()
+    comparing: Counter[str] = Counter()
     for reward in networks.rewards:
         fetched = {REWARD: reward.bytes if waits else 0, GATHERED: reward.gathered}
         rewards = max(rewards, scored(networks.mode, reward, batches.texts) + Counter(fetched), key=Counter.total)

@@ -14,7 +14,7 @@ from lightning_rlhf.modules.optimization import make_optimizer
 from lightning_rlhf.planning.live import Live
 from lightning_rlhf.planning.networks import Networks
 from lightning_rlhf.planning.paper import ACTIVATIONS, CACHE, GRADIENTS
-from lightning_rlhf.planning.passes import Passes, Rows
+from lightning_rlhf.planning.passes import Passes
 from lightning_rlhf.planning.placement import Placement
 from lightning_rlhf.planning.plan import (
     BACKWARD,
@@ -32,6 +32,7 @@ from lightning_rlhf.planning.plan import (
     Plan,
     Sizes,
 )
+from lightning_rlhf.planning.rows import Rows
 from tests.networks import ARCHITECTURES, ENCODER_DECODERS, VOCABULARY, deep, network, tiny_gpt2, word_tokenizer
 from tests.training import module_of, sft
 
