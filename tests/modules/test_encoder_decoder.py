@@ -252,7 +252,8 @@ def test_an_adapter_on_quantised_halves_is_merged_into_what_they_are(name, more,
             each(input_ids=tokens, decoder_input_ids=tokens.flip(1)).logits
             for each in (merged, module.policy.decoder.model.eval())
         ]
-    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+    spread = float(logits[0].std())
+    torch.testing.assert_close(*(each / spread for each in logits), rtol=0, atol=1e-4)
 
 
 def test_what_is_written_can_be_measured_and_predicted():
