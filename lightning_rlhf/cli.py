@@ -147,8 +147,6 @@ class RLHFCLI(LightningCLI):
         section = self.config[PLAN]
         try:
             asked = Asked(**{name: section[name] for name in Asked.__dataclass_fields__})
-            if section.data is None:
-                raise ValueError("`data` is missing, which says how large a batch is.")
             self.plan = plan_run(
                 self.model, section.trainer, section.data, asked, lambda: self._alone("data", LightningDataModule)
             )
@@ -213,6 +211,9 @@ def explained(message: str, keys: Sequence[str]) -> str:
     missing = re.search(r"given class_path '([^']+)':\s+the following arguments are required: (.*)", message)
     if missing:
         return f"`{missing[2]}` is missing: {missing[1].rpartition('.')[2]} cannot do without."
+    absent = re.match(r"the following arguments are required: \w+\.(\w+)$", message)
+    if absent:
+        return f"`{absent[1]}` is missing: a run cannot do without."
     other = re.search(r"does not accept option '([^']+)'|unrecognized arguments: --([^\s=]+)", message)
     if other:
         key = other[1] or other[2]

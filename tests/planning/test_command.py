@@ -117,7 +117,7 @@ def test_what_is_wrong_names_file_and_field(capsys):
     assert "`minibatch_sise` is no argument of PPOModule" in complaint(capsys, "--model.minibatch_sise", "3")
     run = {key: section for key, section in RUN.items() if key != "data"}
     Path("run.yaml").write_text(yaml.safe_dump(run))
-    assert "run.yaml: `data` is missing" in complaint(capsys)
+    assert "`data` is missing: a run cannot do without" in complaint(capsys)
 
 
 @pytest.mark.parametrize("name", ["devices", "memory", "prompt_tokens", "response_tokens"])
