@@ -33,15 +33,13 @@ def _same_start() -> None:
 @pytest.fixture(scope="session")
 def wide_folders(tmp_path_factory):
     """A model of each family that can be quantised, with its tokenizer, by name; no test writes to them."""
-    from tests.networks import WIDE, network, word_tokenizer
+    from tests.networks import WIDE, network, with_soft_attention, word_tokenizer
 
     made = {}
     for name, config in WIDE.items():
         made[name] = tmp_path_factory.mktemp(name)
-        model = network(config(), spread=1.0)  # with more, some write EOS at once, and attend to nothing
-        for key, parameter in model.named_parameters():
-            if key.endswith("Attention.q.weight"):  # T5 does not scale its scores: attention would be one-hot
-                parameter.data.mul_(0.1)
+        # With more spread, some write EOS at once, and attend to nothing.
+        model = with_soft_attention(network(config(), spread=1.0))
         model.save_pretrained(made[name])
         word_tokenizer().save_pretrained(made[name])
     return made
