@@ -59,12 +59,14 @@ setup(
     ],
     extras_require={
         "gguf": ["gguf>=0.10"],
+        "parquet": ["pyarrow>=14"],
         "examples": ["matplotlib>=3.8"],
         "test": [
             "beartype>=0.20",
             "build>=1.2",
             "gguf>=0.10",
             "mypy>=1.15",
+            "pyarrow>=14",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "ruff>=0.12",

@@ -278,8 +278,8 @@ ODD = list(ARCHITECTURES)[14:]
 def with_soft_attention(model: PreTrainedModel) -> PreTrainedModel:
     """The model, of T5's kind with smaller queries.
 
-    T5 does not scale its scores, so that with weights of this size attention is one-hot: in some places it would have no
-    gradient, and in others single precision is 6e-5 off in the logits.
+    T5 does not scale its scores, so that with weights of this size attention is one-hot: in some places it would have
+    no gradient, and in others single precision is 6e-5 off in the logits.
     """
     for key, parameter in model.named_parameters():
         if key.endswith("Attention.q.weight"):

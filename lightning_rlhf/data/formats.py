@@ -103,5 +103,5 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[int, Row]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise ImportError(f"{name} is read by pyarrow: `pip install pyarrow`.") from error
+        raise ImportError(f"{name} is read by pyarrow: `pip install lightning-rlhf[parquet]`.") from error
     yield from enumerate(parquet.read_table(path).to_pylist())

@@ -95,7 +95,7 @@ class CombinedReward:
                 if isinstance(reward.function, RewardModel):
                     waiting.pop(0)
                 results[reward.name] = reward(rollouts, tokenizer)
-        except Exception:
+        except Exception:  # whatever it is: it is raised again when nobody waits any more
             for model in waiting:
                 model.give_up()
             raise

@@ -145,7 +145,7 @@ class RewardModel:
                 responses = continuations(prompts, responses, response_tokens, tokenizer)
             rows = self._cut(self._reader.rows(prompts, responses)) if responses else []
             batches = list(self._batches(classifier, rows))
-        except Exception:
+        except Exception:  # whatever it is: it is raised again when nobody waits any more
             self.give_up()
             raise
         passes = self.most(len(batches))

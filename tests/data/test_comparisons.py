@@ -230,13 +230,16 @@ def test_parquet_says_what_reads_it_where_that_is_not_there(tmp_path, monkeypatc
     path.write_bytes(b"")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    with pytest.raises(ImportError, match="`preferences=.*` is read by pyarrow: `pip install pyarrow`"):
+    with pytest.raises(
+        ImportError, match=r"`preferences=.*` is read by pyarrow: `pip install lightning-rlhf\[parquet\]`"
+    ):
         located_rows(path, "preferences", "prompt")
 
 
 def test_parquet_has_a_row_a_row(tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+    from pyarrow import parquet
+
     rows = [{"prompt": "a", "responses": ["b", "c"], "scores": [1.0, 2.0]}] * 2
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
     found = located_rows(tmp_path / "pairs.parquet", "preferences", "prompt")

@@ -736,6 +736,7 @@ SAME = [
 OF_TWO = [
     "evaluated",
     "judged",
+    "judged_whole",
     "filled_up",
     "plain_loader",
     "resumed",
@@ -758,7 +759,6 @@ ONLY = {
         "gathered",
         "in_step",
         "spread",
-        "judged_whole",
         "one_file",
         "exported",
         "exported_lora",

@@ -283,10 +283,9 @@ def test_two_processes_measure_and_answer_every_row_once(two, tmp_path):
 
 
 @pytest.mark.invariant(6, 28)
-@pytest.mark.parametrize("name", ["judged", "judged_whole"])
-def test_processes_score_their_own_rows_with_one_reward_model(two, strategy, name):
-    if name == "judged_whole" and strategy == "ddp":
-        pytest.skip("it always is whole there")
+@pytest.mark.parametrize("is_told_to_stay_whole", [False, True])
+def test_processes_score_their_own_rows_with_one_reward_model(two, strategy, is_told_to_stay_whole):
+    name = "judged_whole" if is_told_to_stay_whole else "judged"
     first, second = both(two, name)
     expected = cases.classifier()  # made here as on the first process
     assert first["judge"] == second["judge"] == fingerprint(expected)

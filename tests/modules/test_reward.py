@@ -216,7 +216,6 @@ def test_an_adapter_and_the_head_train_and_a_whole_model_is_saved(tmp_path):
 
 
 def test_a_quantised_base_learns_by_its_adapter_and_head(tmp_path):
-    pytest.importorskip("bitsandbytes")
     scored_by(tiny_gpt2(width=64, **without_dropout)).save_pretrained(tmp_path / "base")
     adapter = {"peft_type": "LORA", "r": 2, "target_modules": ["c_attn"]}
     module = module_of(ModelSpec(tmp_path / "base", quantization="nf4", adapter=adapter))
