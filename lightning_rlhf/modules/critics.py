@@ -20,6 +20,7 @@ from lightning_rlhf.models.loading import ModelLike, ModelSpec
 from lightning_rlhf.models.passes import in_pieces
 from lightning_rlhf.models.policy import PolicyOutput
 from lightning_rlhf.models.probing import state_scale
+from lightning_rlhf.models.recomputation import recompute_activations
 from lightning_rlhf.modules.online import OnlineModule
 
 
@@ -120,7 +121,7 @@ class ActorCriticModule(OnlineModule):
             Whether it could.
 
         Raises:
-            ValueError: If policy and critic ask different things of the one model.
+            ValueError: If policy and critic ask of the one model what it cannot do for both.
         """
         spec = self.critic_spec
         if (
@@ -135,7 +136,17 @@ class ActorCriticModule(OnlineModule):
                 f"`critic.gradient_checkpointing={spec.gradient_checkpointing}`: policy and critic have one model, and "
                 f"the policy's says {self.spec.gradient_checkpointing}. Set both alike."
             )
-        return adapters.add(spec.adapter if adapter is None else adapter, VALUE, trains=True)
+        if not adapters.add(spec.adapter if adapter is None else adapter, VALUE, trains=True):
+            return False
+        if spec.gradient_checkpointing:
+            if self.compile_options is not False:
+                raise ValueError(
+                    f"`compile={self.compile_options!r}` does not go with `gradient_checkpointing` where policy and "
+                    "critic are two adapters of one model: compiled blocks would run again with the wrong one. Leave "
+                    "out one of them."
+                )
+            recompute_activations(adapters.model, adapters)
+        return True
 
     def _own_model(self) -> Critic:
         spec = self.critic_spec

@@ -352,6 +352,8 @@ def test_critics_that_cannot_be_are_refused(folders):
     policy = ModelSpec(folders["gpt2"], adapter=LORA)
     spec = ModelSpec(folders["gpt2"], adapter=LORA, gradient_checkpointing=True)
     refused("`critic.gradient_checkpointing=True`: policy and critic have one model", policy, critic=spec)
+    both = {"policy": spec, "critic": "policy", "compile": True}
+    refused("`compile=True` does not go with `gradient_checkpointing` where policy and critic are two adapters", **both)
     spec = ModelSpec(folders["gpt2"], adapter={**LORA, "bias": "all"})
     refused("`critic.adapter.bias='all'` trains biases of the model", policy, critic=spec)
     ada = {"peft_type": "ADALORA", "target_modules": ["c_attn"], "total_step": 100, "init_r": 4, "target_r": 2}
