@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lightning_rlhf.batches import Rollouts
-from lightning_rlhf.models.branches import ValueAdapter, ValueBranch
+from lightning_rlhf.models.branches import SharedValues
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.passes import in_pieces
 from lightning_rlhf.models.reading import Responses
@@ -82,7 +82,7 @@ class Policy(nn.Module):
         decoder: Decoder,
         temperature: float = 1.0,
         value_head: nn.Module | None = None,
-        value_branch: ValueBranch | ValueAdapter | None = None,
+        value_branch: SharedValues | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
