@@ -82,6 +82,12 @@ class ActorCriticModule(OnlineModule):
         return [*super().specs, *([] if self.critic_spec is None else [self.critic_spec])]
 
     @property
+    def saved_specs(self) -> dict[str, ModelSpec]:
+        """With the critic's, where it is a model of its own."""
+        own = {} if self.critic is None or self.critic_spec is None else {"critic": self.critic_spec}
+        return {**super().saved_specs, **own}
+
+    @property
     def sampler_keeps_values(self) -> bool:
         """Whether values are read off the policy's own last states, so that the sampler has them."""
         return self.num_value_layers_unfrozen == 0 and self.critic_spec is None

@@ -165,11 +165,12 @@ def arguments_of(kind, folders):
             ModelSpec(folders["gpt2"], adapter=LORA),
             {"critic": ModelSpec(folders["gpt2"], adapter={**LORA, "r": 3})},
         ),
+        "critic_with_adapter": (folders["gpt2"], {"critic": ModelSpec(folders["gpt2"], adapter=LORA)}),
     }[kind]
 
 
 @pytest.mark.invariant(36)
-@pytest.mark.parametrize("kind", ["branch", "critic", "adapter"])
+@pytest.mark.parametrize("kind", ["branch", "critic", "adapter", "critic_with_adapter"])
 def test_a_resumed_run_equals_an_uninterrupted_one(kind, folders, tmp_path):
     policy, more = arguments_of(kind, folders)
     data = {"prompts": PROMPTS, "batch_size": 6, "seed": 5}
@@ -190,6 +191,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind, folders, tmp_path):
         }
     mine, its = parameters(first), parameters(second)
     assert all(torch.equal(mine[name], its[name]) for name in mine)
+
+
+def test_a_checkpoint_does_not_hold_the_frozen_weights_of_a_critic_with_an_adapter(folders, tmp_path):
+    policy, more = arguments_of("critic_with_adapter", folders)
+    module, trainer = ppo(policy, **more), bare_trainer(max_epochs=1)
+    trainer.fit(module, datamodule=PromptDataModule(PROMPTS, batch_size=6))
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    names = set(torch.load(tmp_path / "kept.ckpt", weights_only=True)["state_dict"])
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert {name for name in names if name.startswith("critic.")} == {n for n in trained if n.startswith("critic.")}
+    assert {name for name in module.state_dict() if name.startswith("policy.")} <= names  # which trains whole
+    network(tiny_gpt2(layers=3), seed=9).save_pretrained(tmp_path / "other")
+    word_tokenizer().save_pretrained(tmp_path / "other")
+    second = ppo(policy, critic=ModelSpec(tmp_path / "other", adapter=LORA))
+    with pytest.raises(ValueError, match="`critic=.*other.*is not the model that `ckpt_path` was trained on: its froz"):
+        bare_trainer(max_epochs=2).fit(
+            second, datamodule=PromptDataModule(PROMPTS, batch_size=6), ckpt_path=tmp_path / "kept.ckpt"
+        )
 
 
 def test_the_policy_alone_is_exported(folders, tmp_path):
