@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from lightning_rlhf.batches import Rollouts
+from lightning_rlhf.batches import PromptBatch, Rollouts
 from lightning_rlhf.models.adapter_configs import AdapterLike
 from lightning_rlhf.models.adapters import VALUE, Adapters
 from lightning_rlhf.models.branches import ValueAdapter, ValueBranch
@@ -21,6 +21,7 @@ from lightning_rlhf.models.passes import in_pieces
 from lightning_rlhf.models.policy import PolicyOutput
 from lightning_rlhf.models.probing import state_scale
 from lightning_rlhf.models.recomputation import recompute_activations
+from lightning_rlhf.models.room import check_room
 from lightning_rlhf.modules.online import OnlineModule
 
 
@@ -194,6 +195,12 @@ class ActorCriticModule(OnlineModule):
         return {"policy": nn.ParameterList(self.policy_parameters()), "value": value}
 
     # --- values -------------------------------------------------------------------------------------------------
+
+    def rollout(self, prompts: PromptBatch) -> Rollouts:
+        """To prompts that the critic too has room for."""
+        if self.critic is not None:
+            check_room(self.critic.decoder, prompts.prompt_mask, self.sampling.max_new_tokens, "critic")
+        return super().rollout(prompts)
 
     def add_values(self, rollouts: Rollouts, with_final_values: bool) -> None:
         """Reads finished rollouts for their values, where the sampler could not keep them.

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from lightning_rlhf import GRPOModule, ModelSpec, PPOModule, PromptDataModule
+from lightning_rlhf.batches import PromptBatch
 from lightning_rlhf.models.adapter_reference import AdapterReference
 from lightning_rlhf.models.adapters import VALUE
 from lightning_rlhf.models.heads import LinearValueHead
@@ -362,6 +363,18 @@ def test_a_critic_of_another_vocabulary_is_refused(folders, tmp_path):
         "is of another vocabulary than the policy: '<eos>' is its token 10, and the policy's 22", other, critic=tmp_path
     )
     refused("`critic` knows 12 tokens, and the policy's tokenizer 24", other, critic=tiny_gpt2(12))
+
+
+def test_a_prompt_that_is_too_long_for_the_critic_alone_is_refused_whatever_deals_the_prompts(folders):
+    tokens = torch.ones(1, 3, dtype=torch.long)
+    prompts = PromptBatch(prompt_tokens=tokens, prompt_mask=tokens.bool(), prompts=["b b b"])
+    roomy, narrow = (ppo(folders["gpt2"], critic=tiny_gpt2(n_positions=positions)) for positions in (9, 8))
+    for module in (roomy, narrow):
+        module.configure_model()
+    roomy.add_values(roomy.rollout(prompts), with_final_values=True)
+    with pytest.raises(ValueError, match="0 of the batch has 3 tokens.*`max_new_tokens=6`.*than the critic's 8 positi"):
+        narrow.rollout(prompts)
+    assert narrow.max_prompt_tokens == 2
 
 
 def test_critics_that_cannot_be_are_refused(folders):
