@@ -220,7 +220,7 @@ class ActorCriticModule(OnlineModule):
         longer = self.read_by(read, rollouts.with_next_token())
         ends = rollouts.response_mask.sum(1, keepdim=True)
         rollouts.values = longer[:, : rollouts.response_mask.shape[1]].masked_fill(~rollouts.response_mask, 0.0)
-        rollouts.final_values = longer.gather(1, ends).squeeze(1) * rollouts.truncated
+        rollouts.final_values = longer.gather(1, ends).squeeze(1)  # 0 where nothing was cut off, as in all padding
 
     def values(self, batch: Rollouts, output: PolicyOutput) -> Tensor:
         """Values as they are now.
