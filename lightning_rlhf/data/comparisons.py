@@ -81,6 +81,8 @@ def comparison(row: Row, place: str, columns: Mapping[str, str]) -> Comparison:
         raise fields.wrong("margin", "must not be negative: it says how much better the first response is")
     if margin and (len(ranks) > 2 or ranks[0] == ranks[1]):
         raise fields.wrong("margin", "needs two responses of which one is better: leave it out")
+    if fields.flag("tie") and len(set(ranks)) > 1:
+        raise fields.wrong("tie", "says that neither is better, and the row that one is: leave it out")
     return Comparison(prompt, tuple(responses), tuple(ranks), margin, fields.others, place)
 
 
