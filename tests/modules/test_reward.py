@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import re
 
 import pytest
 import torch
@@ -215,8 +216,8 @@ def test_an_adapter_and_the_head_train_and_a_whole_model_is_saved(tmp_path):
     check_export(module, tmp_path)
 
 
-def test_a_quantised_base_learns_by_its_adapter_and_head(tmp_path):
-    scored_by(tiny_gpt2(width=64, **without_dropout)).save_pretrained(tmp_path / "base")
+def test_a_quantised_base_learns_by_its_adapter_and_head(tmp_path, caplog):
+    scored_by(tiny_gpt2(width=64, resid_pdrop=0.5)).save_pretrained(tmp_path / "base")
     adapter = {"peft_type": "LORA", "r": 2, "target_modules": ["c_attn"]}
     module = module_of(ModelSpec(tmp_path / "base", quantization="nf4", adapter=adapter))
     watch = fit(module, max_epochs=3)
@@ -225,11 +226,25 @@ def test_a_quantised_base_learns_by_its_adapter_and_head(tmp_path):
     assert module.policy.decoder.head == "score"
     assert model.score.weight.dtype == torch.float32
     assert model.transformer.h[0].mlp.c_fc.weight.dtype == torch.uint8
-    module.save_pretrained(tmp_path / "out")
+    with caplog.at_level("INFO"):
+        module.save_pretrained(tmp_path / "out")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert torch.equal(merged.score.weight, model.score.weight)
+    (said,) = re.findall(r"The merged model scores a few tokens (\S+) from the quantised one", caplog.text)
+    assert abs(float(said)) < 1e-5  # what the model has of dropout while it is saved is no part of it
     with pytest.raises(ValueError, match="`quantization='nf4'` leaves .* nothing to train but its head"):
         module_of(ModelSpec(tmp_path / "base", quantization="nf4")).configure_model()
+
+
+def test_a_network_that_is_built_anew_keeps_nothing_of_the_first():
+    """As where no other process can take it."""
+    module = module_of(tiny_gpt2())
+    for _ in range(2):
+        module._build()
+        owners = {id(owner) for owner, _, _ in module._dropout}
+        model = module.policy.decoder.model
+        assert owners <= {id(part) for part in [*model.modules(), model.config]} != set()
+        assert len(owners) > 5
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -367,6 +382,9 @@ def test_an_export_learns_on_and_a_classifier_of_other_labels_does_not(tmp_path)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "three")
     with pytest.raises(ValueError, match="`model='.*three'` is a classifier of 3 labels, and a reward model has one"):
         module_of(tmp_path / "three").configure_model()
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "three")
+    with pytest.raises(ValueError, match="`model='GPT2ForSequenceClassification'` is a classifier of 3 labels"):
+        module_of(classifier).configure_model()
 
 
 def test_dropout_is_off_and_saved_as_it_was(tmp_path):
