@@ -115,7 +115,7 @@ class ScoringModule(OfflineModule):
             A number each.
 
         Raises:
-            ValueError: If these are no lists of one length.
+            ValueError: If these are no lists of one length, or a text is longer than what the model has room for.
         """
         if isinstance(prompts, str) or isinstance(responses, str) or len(prompts) != len(responses):
             raise ValueError(
@@ -128,10 +128,20 @@ class ScoringModule(OfflineModule):
             rows = slice(start, start + batch_size)
             prompt = [prompt_ids(prompt, self.tokenizer) for prompt in prompts[rows]]
             response = [[response_ids(response, self.tokenizer)] for response in responses[rows]]
+            self._check_room(start, [len(p) + len(r) for p, (r,) in zip(prompt, response, strict=True)])
             batch = preference_batch(prompt, response, self.special_tokens.pad).to(self.device)
             with self.quiet():
                 scores += self.normalized(self.policy(batch))[:, 0].tolist()
         return scores
+
+    def _check_room(self, start: int, lengths: list[int]) -> None:
+        limit = self.max_prompt_tokens
+        if limit is not None and max(lengths) > limit:
+            number = start + lengths.index(max(lengths))
+            raise ValueError(
+                f"`prompts[{number}]` and `responses[{number}]` have {max(lengths)} tokens together, and the model has "
+                f"room for {limit}: shorten them."
+            )
 
     def normalized(self, scores: Tensor) -> Tensor:
         """Scores as the export gives them.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModel, BertConfig, ModernBertConfig, RobertaConfig
+from transformers import AutoModel
 
 from lightning_rlhf import ModelSpec
 from lightning_rlhf.batches import ImitationBatch, PreferenceBatch
@@ -10,22 +10,8 @@ from lightning_rlhf.data.preferences import preference_batch
 from lightning_rlhf.models.headed import HeadedModel
 from lightning_rlhf.models.scorer import Scorer
 from lightning_rlhf.models.scorer_loading import has_classifier, load_scorer
-from tests.networks import ARCHITECTURES, ENCODER_DECODERS, EOS, PAD, USUAL, VOCABULARY, network, random_rows
+from tests.networks import ARCHITECTURES, ENCODER_DECODERS, ENCODERS, EOS, PAD, USUAL, network, random_rows
 
-_BERT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-    "pad_token_id": PAD,
-}
-ENCODERS = {
-    "bert": lambda: BertConfig(**_BERT),
-    "roberta": lambda: RobertaConfig(**{**_BERT, "max_position_embeddings": 100}),
-    "modernbert": lambda: ModernBertConfig(**_BERT, cls_token_id=0, bos_token_id=0, eos_token_id=EOS),
-}
 HEADLESS = ["mamba", "rwkv", "marian", "pegasus"]
 """For which transformers has no sequence classifier."""
 CONFIGS = {**ARCHITECTURES, **ENCODERS, **ENCODER_DECODERS}

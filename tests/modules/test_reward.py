@@ -8,12 +8,22 @@ import re
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_rlhf import GRPOModule, ModelSpec, PreferenceDataModule, PromptDataModule, RewardModel, RewardModule
 from lightning_rlhf.models.reference import fingerprint
 from lightning_rlhf.models.scorer_loading import load_scorer
-from tests.networks import ARCHITECTURES, ENCODER_DECODERS, EOS, PAD, VOCABULARY, network, tiny_gpt2, word_tokenizer
+from tests.networks import (
+    ARCHITECTURES,
+    ENCODER_DECODERS,
+    ENCODERS,
+    EOS,
+    PAD,
+    VOCABULARY,
+    network,
+    tiny_gpt2,
+    word_tokenizer,
+)
 from tests.training import bare_trainer, weights
 
 PAIRS = [
@@ -28,8 +38,6 @@ PAIRS = [
 WINDOW = 4
 sgd = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 without_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-BERT = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-BERT |= {"intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": PAD}
 
 
 def scored_by(config=None, seed=0):
@@ -135,7 +143,7 @@ def test_it_learns_what_plain_torch_learns_however_batches_are_split(expected, b
 @pytest.mark.invariant(33)
 @pytest.mark.parametrize("name", ["bert", "t5", "mamba"])
 def test_encoders_encoder_decoders_and_models_without_a_class_learn_likewise(name):
-    configs = {"bert": lambda: BertConfig(**BERT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)}
+    configs = {"bert": lambda: ENCODERS["bert"](hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)}
     configs |= {"t5": lambda: ENCODER_DECODERS["t5"](dropout_rate=0.0), "mamba": ARCHITECTURES["mamba"]}
     model = scored_by(configs[name]())
     module = module_of(copy.deepcopy(model))
@@ -317,7 +325,7 @@ def check_export(module, folder, raw=None):
 @pytest.mark.invariant(18)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "bert", "t5", "bart"])
 def test_an_export_is_a_classifier_and_a_reward(tmp_path, name):
-    config = {**ARCHITECTURES, **ENCODER_DECODERS, "bert": lambda: BertConfig(**BERT)}[name]()
+    config = {**ARCHITECTURES, **ENCODER_DECODERS, **ENCODERS}[name]()
     module = module_of(scored_by(config))
     fit(module, max_epochs=1, validation=PAIRS)
     assert module.std != 1.0
@@ -477,6 +485,13 @@ def test_a_group_that_the_data_lacks_is_named():
 def test_texts_must_be_as_many_as_prompts():
     with pytest.raises(ValueError, match=r"`prompts` \(2\) and `responses` \(1\) must be lists of one length"):
         module_of().score(["a", "b"], ["c"])
+
+
+def test_a_text_that_is_too_long_to_be_scored_is_named():
+    module = module_of()
+    module.score(["a"], [" ".join("b" * 62)])
+    with pytest.raises(ValueError, match=r"`prompts\[2\]` and `responses\[2\]` have 65 tokens together.* room for 64"):
+        module.score(["a"] * 3, ["b", "c", " ".join("b" * 63)], batch_size=2)
 
 
 def test_the_loss_of_a_large_difference_is_exact():
