@@ -90,6 +90,21 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 
 
 @pytest.mark.parametrize(
+    ("row", "metadata"),
+    [
+        ({**PAIR, "info": "x", "scores": [1, 2], "tie": False}, {"info": "x", "scores": [1, 2]}),
+        (
+            {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2], "choice": 3, "chosen": "b"},
+            {"choice": 3, "chosen": "b"},
+        ),
+        ({"info": {"post": "a"}, "summaries": ["b", "c"], "choice": 0, "prompt": "p", "margin": 0.0}, {"prompt": "p"}),
+    ],
+)
+def test_what_another_form_would_read_is_metadata(row, metadata):
+    assert comparison(row, "", {}).metadata == metadata
+
+
+@pytest.mark.parametrize(
     ("row", "complaint"),
     [
         ({"prompt": "a"}, "has the keys ['prompt']: it needs 'prompt', 'chosen' and 'rejected'"),
