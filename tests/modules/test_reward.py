@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_rlhf import GRPOModule, ModelSpec, PreferenceDataModule, PromptDataModule, RewardModel, RewardModule
 from lightning_rlhf.models.reference import fingerprint
+from lightning_rlhf.models.scorer import Scorer
 from lightning_rlhf.models.scorer_loading import load_scorer
 from tests.networks import (
     ARCHITECTURES,
@@ -302,6 +303,67 @@ def test_scores_are_normalised_over_what_was_validated_and_predictions_too():
     as_they_are = module_of(normalize=False)
     bare_trainer().validate(as_they_are, datamodule=PreferenceDataModule(validation=PAIRS), verbose=False)
     assert (as_they_are.mean, as_they_are.std) == (0.0, 1.0)
+
+
+def test_the_first_validation_set_alone_normalises():
+    module = module_of()
+    bare_trainer().validate(module, datamodule=PreferenceDataModule(validation=PAIRS), verbose=False)
+    found = (module.mean, module.std)
+    assert found != (0.0, 1.0)
+    bare_trainer().test(module, datamodule=PreferenceDataModule(test=PAIRS[:2]), verbose=False)
+    assert (module.mean, module.std) == found
+    several = [PreferenceDataModule(validation=rows) for rows in (PAIRS, PAIRS[:2])]
+    for data in several:
+        data.tokenizer = module.tokenizer
+    bare_trainer().validate(module, dataloaders=[data.val_dataloader() for data in several], verbose=False)
+    assert (module.mean, module.std) == found
+
+
+def test_scores_that_are_all_alike_keep_their_scale():
+    model = scored_by()
+    torch.nn.init.zeros_(model.score.weight)
+    module = module_of(model)
+    bare_trainer().validate(module, datamodule=PreferenceDataModule(validation=PAIRS), verbose=False)
+    assert (module.mean, module.std) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("what", "rows"), [("validate", "validation"), ("test", "test")])
+def test_of_an_evaluation_that_broke_off_nothing_is_counted_in_the_next(what, rows):
+    class BreaksOff(Callback):
+        def on_validation_batch_end(self, *args):
+            raise RuntimeError("enough")
+
+        on_test_batch_end = on_validation_batch_end
+
+    def run(module, callbacks=()):
+        data = PreferenceDataModule(**{rows: PAIRS}, batch_size=2)
+        return getattr(bare_trainer(callbacks=[*callbacks]), what)(module, datamodule=data, verbose=False)
+
+    module = module_of()
+    with pytest.raises(RuntimeError, match="enough"):
+        run(module, [BreaksOff()])
+    assert run(module) == run(module_of())
+
+
+def test_dropout_changes_no_score_in_the_middle_of_training():
+    module = module_of(tiny_gpt2(resid_pdrop=0.5), disable_dropout=False)
+    module.configure_model()
+    assert module.policy.training
+    assert module.score(["a"] * 3, ["b", "b", "b"], batch_size=1) == [module.score(["a"], ["b"])[0]] * 3
+    assert module.policy.training
+
+
+def test_a_row_may_be_as_long_as_the_tokenizer_says():
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = 5
+    with pytest.raises(ValueError, match=r"`preferences\[0\]` has a row of 8 tokens, and 5 may be"):
+        fit(module_of(tokenizer=tokenizer))
+
+
+def test_blocks_that_were_not_found_cannot_be_compiled(monkeypatch):
+    monkeypatch.setattr(Scorer, "find_blocks", lambda self: None)
+    with pytest.raises(ValueError, match="`compile=True`: the blocks of GPT2ForSequenceClassification were not found"):
+        module_of(compile=True).configure_model()
 
 
 # --- what is saved ----------------------------------------------------------------------------------------------------
