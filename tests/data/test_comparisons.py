@@ -121,6 +121,10 @@ def test_what_another_form_would_read_is_metadata(row, metadata):
         ({**PAIR, "margin": float("inf")}, "`margin=inf` must be a finite number"),
         ({**PAIR, "margin": -1}, "`margin=-1` must not be negative"),
         ({**PAIR, "margin": 1, "tie": True}, "`margin=1` needs two responses of which one is better"),
+        (
+            {"prompt": "a", "responses": ["b", "c", "d"], "ranks": [1, 2, 3], "margin": 1},
+            "`margin=1` needs two responses of which one is better",
+        ),
         ({**PAIR, "tie": "perhaps"}, "`tie='perhaps'` must be true or false"),
         (
             {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2], "tie": True},
