@@ -537,6 +537,12 @@ def test_ties_need_a_threshold():
         fit(module_of(tie_threshold=0.0), max_epochs=1)
 
 
+def test_a_ranking_may_have_two_best_responses_without_a_threshold():
+    batch = batch_of([{"prompt": "a", "responses": ["b", "c", "d"], "ranks": [1, 1, 2]}])
+    scores = torch.tensor([[2.0, 3.0, 1.0]]).log()
+    assert float(module_of(tie_threshold=0.0).loss(scores, batch).exp()) == pytest.approx(1 / (2 / 6 * 3 / 6 * 1))
+
+
 def test_a_group_that_the_data_lacks_is_named():
     module = module_of(group_by="book")
     data = PreferenceDataModule(validation=[{**PAIRS[0], "page": 3}])
