@@ -14,6 +14,7 @@ from lightning_rlhf import GRPOModule, ModelSpec, PreferenceDataModule, PromptDa
 from lightning_rlhf.models.reference import fingerprint
 from lightning_rlhf.models.scorer import Scorer
 from lightning_rlhf.models.scorer_loading import load_scorer
+from lightning_rlhf.modules.preference_metrics import CalibrationError
 from tests.networks import (
     ARCHITECTURES,
     ENCODER_DECODERS,
@@ -288,6 +289,19 @@ def test_evaluation_by_hand(batch_size):
         (float(everything.mean()), float(everything.std())), abs=1e-5
     )
     assert (module.mean, module.std) == pytest.approx((float(everything.mean()), float(everything.std())), abs=1e-5)
+
+
+@torch.no_grad()
+def test_confidence_in_an_answer_is_that_of_those_who_give_one():
+    """Of three outcomes, a tie being the third."""
+    model, rows, theta = scored_by(), PAIRS[:4], math.exp(1.5)
+    module = module_of(copy.deepcopy(model), tie_threshold=1.5)
+    (found,) = bare_trainer().validate(module, datamodule=PreferenceDataModule(validation=rows), verbose=False)
+    error = CalibrationError()
+    for row in rows:
+        strong, weak = (plain_score(model, row["prompt"], row[side]).exp() for side in ("chosen", "rejected"))
+        error.update((strong / (strong + theta * weak) / (weak / (weak + theta * strong))).log()[None])
+    assert found["val/preference/calibration_error"] == pytest.approx(float(error.compute()), abs=1e-5)
 
 
 def test_scores_are_normalised_over_what_was_validated_and_predictions_too():
