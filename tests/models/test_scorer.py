@@ -120,8 +120,9 @@ def test_transformers_lacks_the_class_for_those_that_get_a_head_of_ours():
     assert isinstance(model_of("mamba"), HeadedModel)
 
 
-def test_a_model_that_padding_changes_reads_rows_one_by_one():
-    model = model_of("bert")
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_model_that_padding_changes_reads_rows_one_by_one(name):
+    model = model_of(name)
     forward, widths = model.forward, []
 
     def disturbed(input_ids, attention_mask):
@@ -138,8 +139,8 @@ def test_a_model_that_padding_changes_reads_rows_one_by_one():
     widths.clear()
     rows = batch()
     scores = scorer(rows)[rows.is_there]
-    assert all(height == 1 for height, _ in widths)
-    expected = [alone(model_of("bert"), p + r) for p, some in zip(PROMPTS, RESPONSES, strict=True) for r in some]
+    assert [height for height, _ in widths] == [1] * 7
+    expected = [alone(model_of(name), p + r) for p, some in zip(PROMPTS, RESPONSES, strict=True) for r in some]
     assert scores.tolist() == pytest.approx(expected, abs=2e-5)
 
 
