@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_rlhf.data.conversations import ConversationDataModule
+    from lightning_rlhf.data.judged import RewardedDataModule, UnpairedPreferenceDataModule
     from lightning_rlhf.data.preferences import PreferenceDataModule
     from lightning_rlhf.data.prompts import PromptDataModule
     from lightning_rlhf.generation.sampling import Sampling
@@ -30,8 +31,10 @@ _HOMES = {
     "PromptDataModule": "lightning_rlhf.data.prompts",
     "RewardModel": "lightning_rlhf.rewards.model",
     "RewardModule": "lightning_rlhf.modules.reward",
+    "RewardedDataModule": "lightning_rlhf.data.judged",
     "SFTModule": "lightning_rlhf.modules.sft",
     "Sampling": "lightning_rlhf.generation.sampling",
+    "UnpairedPreferenceDataModule": "lightning_rlhf.data.judged",
 }
 
 __all__ = [
@@ -44,8 +47,10 @@ __all__ = [
     "PromptDataModule",
     "RewardModel",
     "RewardModule",
+    "RewardedDataModule",
     "SFTModule",
     "Sampling",
+    "UnpairedPreferenceDataModule",
 ]
 
 

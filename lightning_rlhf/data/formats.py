@@ -12,26 +12,32 @@ from typing import Any
 
 from lightning_rlhf.models.texts import is_chat
 
-__all__ = ["Row", "is_chat", "located_rows", "read_rows"]
+__all__ = ["Row", "is_chat", "located", "located_rows"]
 
 Row = dict[str, Any]
 
 
-def read_rows(source: Any, argument: str, text_key: str) -> list[Row]:
-    """Rows as dicts, in the order given.
+def located_rows(source: Any, argument: str, text_key: str) -> list[tuple[str, Row]]:
+    """All of :func:`located`.
 
     Args:
-        source: As for :func:`located_rows`.
-        argument: What the user calls the source, for errors.
+        source: Of rows.
+        argument: What the user calls it, for errors.
         text_key: The key that an item which is no dict stands for.
 
     Returns:
         At least one row.
+
+    Raises:
+        ValueError: If there is none.
     """
-    return [row for _, row in located_rows(source, argument, text_key)]
+    rows = list(located(source, argument, text_key))
+    if not rows:
+        raise ValueError(f"`{argument}` is empty: give at least one row.")
+    return rows
 
 
-def located_rows(source: Any, argument: str, text_key: str) -> list[tuple[str, Row]]:
+def located(source: Any, argument: str, text_key: str) -> Iterator[tuple[str, Row]]:
     """Rows as dicts, in the order given, each with the words for where it is from.
 
     Args:
@@ -41,26 +47,27 @@ def located_rows(source: Any, argument: str, text_key: str) -> list[tuple[str, R
         argument: What the user calls the source, for errors.
         text_key: The key that an item which is no dict stands for.
 
-    Returns:
-        At least one row.
+    Yields:
+        Place and row.
 
     Raises:
         FileNotFoundError: If the file is missing.
         ImportError: If it is a Parquet file, and what reads it is not installed.
-        ValueError: If there is no row, or one that is not understood.
+        TypeError: If the source holds no rows.
+        ValueError: If a line is not understood.
     """
     if isinstance(source, str | os.PathLike):
         items = _read_file(Path(source), argument)
     elif isinstance(source, Mapping) or not isinstance(source, Iterable):
+        shown = repr(source) if len(repr(source)) <= 80 else f"{repr(source)[:77]}..."
         raise TypeError(
-            f"`{argument}={source!r}` must be a list of rows, or the path of a JSONL file, of CSV or of Parquet."
+            f"`{argument}={shown}` must be a list of rows, or the path of a JSONL file, of CSV or of Parquet; of a "
+            "data set with several splits, one of them."
         )
     else:
         items = ((f"`{argument}[{number}]`", item) for number, item in enumerate(source))
-    rows = [(place, dict(item) if isinstance(item, Mapping) else {text_key: item}) for place, item in items]
-    if not rows:
-        raise ValueError(f"`{argument}` is empty: give at least one row.")
-    return rows
+    for place, item in items:
+        yield place, dict(item) if isinstance(item, Mapping) else {text_key: item}
 
 
 def _read_file(path: Path, argument: str) -> Iterator[tuple[str, Any]]:

@@ -32,14 +32,21 @@ def head_bytes(tokens: int, vocabulary: int, dtype: torch.dtype, kept_bytes: int
         some, that are there for a moment.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    logits = min(tokens, _rows_at_once(vocabulary)) * vocabulary * dtype.itemsize
+    logits = min(tokens, rows_at_once(vocabulary)) * vocabulary * dtype.itemsize
     gradients = tokens * min(vocabulary, _entries_at_once(tokens)) * (wide.itemsize + dtype.itemsize)
     kept = tokens * vocabulary * dtype.itemsize if _is_kept(tokens, vocabulary, dtype, kept_bytes) else 0
     return kept, max(logits, gradients)
 
 
-def _rows_at_once(vocabulary: int) -> int:
-    """Tokens whose logits a product makes in the forward pass."""
+def rows_at_once(vocabulary: int) -> int:
+    """Tokens whose logits a product makes in the forward pass.
+
+    Args:
+        vocabulary: Entries of it.
+
+    Returns:
+        Their number.
+    """
     return max(16, LOGITS_AT_ONCE // vocabulary)
 
 
@@ -107,7 +114,7 @@ class _HeadLogprobs(torch.autograd.Function):
         is_kept = _is_kept(len(flat), vocabulary, states.dtype, kept_bytes)
         probs = flat.new_empty(len(flat), vocabulary) if is_kept and any(ctx.needs_input_grad) else None
         log_mass = torch.empty_like(logprobs)  # the logarithm of what a softmax divides by
-        rows = _rows_at_once(vocabulary)
+        rows = rows_at_once(vocabulary)
         read = max(1, LOGITS_READ_AT_ONCE // vocabulary)
         for start in range(0, len(flat), rows):
             part = slice(start, start + rows)

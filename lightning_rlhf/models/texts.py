@@ -31,12 +31,7 @@ def prompt_ids(prompt: Any, tokenizer: Any, has_encoder: bool = False) -> list[i
         ValueError: If the prompt is neither, or has no token.
     """
     if is_chat(prompt):
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                "`prompt` is a list of chat messages, and the tokenizer has no chat template: set "
-                "`tokenizer.chat_template`, or write the prompt as text."
-            )
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return templated(prompt, tokenizer, add_generation_prompt=True)
     if not isinstance(prompt, str):
         raise ValueError(
             f"`prompt={prompt!r}` must be a string, or a list of chat messages with the keys 'role' and 'content'."
@@ -52,6 +47,32 @@ def prompt_ids(prompt: Any, tokenizer: Any, has_encoder: bool = False) -> list[i
             "something to follow."
         )
     return ids
+
+
+def templated(messages: Sequence[Any], tokenizer: Any, return_dict: bool = False, **options: Any) -> Any:
+    """Tokens of chat messages, as the chat template writes them.
+
+    Args:
+        messages: With the keys ``role`` and ``content``.
+        tokenizer: That has the template.
+        return_dict: Whether to return all that the tokenizer says.
+        **options: Of ``apply_chat_template``.
+
+    Returns:
+        A list of ids, or a dict.
+
+    Raises:
+        ValueError: If there is no template, or it refuses the messages.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "`prompt` is a list of chat messages, and the tokenizer has no chat template: set "
+            "`tokenizer.chat_template`, or write the prompt as text."
+        )
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=return_dict, **options)
+    except Exception as error:  # a template may raise whatever it likes
+        raise ValueError(f"the chat template refuses the messages ({type(error).__name__}: {error}).") from error
 
 
 def response_ids(response: str, tokenizer: Any, has_encoder: bool = False) -> list[int]:

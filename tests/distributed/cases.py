@@ -36,7 +36,7 @@ from lightning_rlhf import (
     SFTModule,
 )
 from lightning_rlhf.batches import PromptBatch
-from lightning_rlhf.callbacks import ResponseWriter
+from lightning_rlhf.callbacks import ResponseWriter, ValidationSamples
 from lightning_rlhf.data.tokens import padded
 from lightning_rlhf.models.reference import fingerprint
 from lightning_rlhf.models.weights import whole, whole_state
@@ -253,30 +253,55 @@ ppo_value_adapter = functools.partial(learns, "ppo_value_adapter")
 grpo_t5_hydra = functools.partial(learns, "grpo_t5_hydra")
 
 
-def sft(strategy: str, folder: Path) -> dict[str, Any]:
-    """Windows of two batches with uneven counts of tokens, and a last one of one."""
-    texts = [
-        "a b c d e f",
-        "a",
-        "c c",
-        "d e f a b c d",
-        "b",
-        "f e",
-        "a a a",
-        "e",
-        "b c d e",
-        "f",
-        "a b",
-        "c d e f a b c",
-    ]
-    module = MeasuredSFT(
-        tiny_gpt2(LETTERS, layers=2, initializer_range=0.3, **without_dropout),
-        tokenizer=word_tokenizer(LETTERS),
-        optimizer=sgd,
-        seed=8,
+TEXTS = [
+    "a b c d e f",
+    "a",
+    "c c",
+    "d e f a b c d",
+    "b",
+    "f e",
+    "a a a",
+    {
+        "messages": [
+            {"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)
+        ]
+    },
+    "b c d e",
+    "f",
+    "a b",
+    "c d e f a b c",
+]
+
+
+class Streamed:
+    """Texts without a length."""
+
+    def __iter__(self):
+        yield from TEXTS
+
+
+def imitator() -> MeasuredSFT:
+    """A small one, whose tokenizer knows conversations."""
+    tokenizer = word_tokenizer(LETTERS)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}<eos> {% endif %}{% endfor %}"
     )
-    data = ConversationDataModule(texts, batch_size=per_process(4, strategy), seed=3)
-    return fit(module, data, strategy, accumulate_grad_batches=2, gradient_clip_val=0.5)
+    policy = tiny_gpt2(LETTERS, layers=2, initializer_range=0.3, **without_dropout)
+    sampling = {"max_new_tokens": 4}
+    return MeasuredSFT(policy, tokenizer=tokenizer, optimizer=sgd, seed=8, evaluation_sampling=sampling)
+
+
+def sft(strategy: str, folder: Path) -> dict[str, Any]:
+    """Windows of two batches with uneven counts of tokens, a last one of one, and validations of uneven shares."""
+    data = ConversationDataModule(TEXTS, validation=TEXTS[1:8], batch_size=per_process(4, strategy), seed=3)
+    samples = ValidationSamples(num_rows=2, console=False)
+    return fit(imitator(), data, strategy, accumulate_grad_batches=2, gradient_clip_val=0.5, callbacks=[samples])
+
+
+def sft_streamed(strategy: str, folder: Path) -> dict[str, Any]:
+    """The same of a stream, of which every process reads all."""
+    data = ConversationDataModule(Streamed(), batch_size=per_process(4, strategy))
+    return fit(imitator(), data, strategy, accumulate_grad_batches=2, max_epochs=2)
 
 
 def reward_model(strategy: str, folder: Path) -> dict[str, Any]:
@@ -741,6 +766,7 @@ SAME = [
     "grpo_t5_hydra",
     "ppo_named",
     "sft",
+    "sft_streamed",
     "reward_model",
     "unlike_objects",
     "unlike_lengths",
