@@ -64,6 +64,7 @@ setup(
         "test": [
             "beartype>=0.20",
             "build>=1.2",
+            "datasets>=3",
             "gguf>=0.10",
             "mypy>=1.15",
             "pyarrow>=14",

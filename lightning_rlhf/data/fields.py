@@ -25,6 +25,7 @@ class Fields:
 
     def __init__(self, row: Row, place: str, columns: Mapping[str, str], keys: Sequence[str]) -> None:
         self.place = place
+        self.keys = sorted(map(str, row))
         self.given = {key: value for key, value in row.items() if value is not None}
         self.names = {key: columns.get(key) or self._own(key) for key in keys}
         self.known = {key: self.given[name] for key, name in self.names.items() if name in self.given}
@@ -50,10 +51,7 @@ class Fields:
         Returns:
             What is to be raised.
         """
-        return ValueError(
-            f"{self.place} has the keys {sorted(map(str, self.given))}: it needs {needed}. Other names go into "
-            "`columns`."
-        )
+        return ValueError(f"{self.place} has the keys {self.keys}: it needs {needed}. Other names go into `columns`.")
 
     def wrong(self, key: str, must: str, value: Any = None) -> ValueError:
         """The error of a field.

@@ -40,7 +40,7 @@ class Tokenized(NamedTuple):
 
 @contextmanager
 def at(place: str) -> Iterator[None]:
-    """Says of an error where the row is from.
+    """Says of an error where the row is from, whatever a tokenizer raises.
 
     Args:
         place: The words for it.
@@ -49,6 +49,8 @@ def at(place: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
+    except Exception as error:  # a tokenizer in Rust has no kinds of errors
+        raise ValueError(f"{place}: the tokenizer refuses its text ({type(error).__name__}: {error}).") from error
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -90,7 +90,7 @@ def test_an_encoder_reads_all_before_the_only_answer():
         data.train_dataloader()
 
 
-FORGETFUL = PLAIN.replace("{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else 'z' }}")
+FORGETFUL = PLAIN.replace("{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else 'h' }}")
 HALF_MARKED = MARKED.replace("{% generation %}{{ m.content }} <eos>{% endgeneration %}",
     "{% if loop.last %}{% generation %}{{ m.content }} <eos>{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
 )  # fmt: skip

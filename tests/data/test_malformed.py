@@ -1,4 +1,4 @@
-"""Rows and files as they should not be: each is understood, or named with its field and value."""
+"""Ten thousand rows and lines as they should not be: each is understood, or named with its field and value."""
 
 import json
 import random
@@ -13,7 +13,6 @@ from lightning_rlhf import (
     RewardedDataModule,
     UnpairedPreferenceDataModule,
 )
-from tests.networks import word_tokenizer
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 LEAVES = [
@@ -37,6 +36,10 @@ LEAVES = [
 CHATS = [[USER, ANSWER], [USER], [ANSWER], [USER, ANSWER, USER, ANSWER], ["a", "b"], [1, 2], [{"text": "a"}, USER]]
 KEYS = ["prompt", "response", "completion", "text", "messages", "chosen", "rejected", "margin", "tie", "label", "score"]
 KEYS += ["reward", "responses", "ranks", "scores", "info", "summaries", "choice", "role", "content", "post", "title"]
+GOOD = {"score": 1, "reward": "0.5", "label": True, "tie": False, "margin": 0, "messages": CHATS[3]}
+GOOD |= {"responses": ["b", "c"], "ranks": [1, 2], "scores": [1, 2], "summaries": ["b", "c"], "choice": 1}
+GOOD |= {"info": {"post": "a"}}
+"""Where text is not what is right."""
 FORMS = {
     PromptDataModule: [["prompt", "answer"]],
     ConversationDataModule: [["text"], ["prompt", "response"], ["prompt", "completion"], ["messages"]],
@@ -63,7 +66,7 @@ class Chance(random.Random):
 
     def row(self, forms):
         form = self.choice([*forms, KEYS])
-        row = {key: self.value() if self.random() < 0.5 else "a" for key in form if self.random() < 0.9}
+        row = {key: self.value() if self.random() < 0.4 else GOOD.get(key, "a") for key in form if self.random() < 0.95}
         return self.value() if self.random() < 0.05 else row
 
     def line(self, forms):
@@ -87,8 +90,14 @@ def read(cls, source, tokenizer):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    tokenizer = word_tokenizer()
-    tokenizer.bos_token = "a"
+    """A token per byte, so that any text can be read."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
+    bytewise = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<eos>", bos_token="<eos>")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }} {{ m.content }} {% if m.role == 'assistant' %}<eos> {% endif %}"
         "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
@@ -103,9 +112,9 @@ FIELD = re.compile(
 
 
 @pytest.mark.parametrize("cls", FORMS)
-def test_a_thousand_malformed_rows_are_understood_or_named_with_the_field(cls, tokenizer):
+def test_malformed_rows_are_understood_or_named_with_the_field(cls, tokenizer):
     chance, said, understood = Chance(0), [], 0
-    for _ in range(1_000):
+    for _ in range(1_700):
         row = chance.row(FORMS[cls])
         try:
             read(cls, ["a" if row is None else row], tokenizer)
@@ -120,13 +129,13 @@ def test_a_thousand_malformed_rows_are_understood_or_named_with_the_field(cls, t
 
 
 @pytest.mark.parametrize("cls", FORMS)
-def test_a_thousand_malformed_lines_are_understood_or_named_with_file_and_line(cls, tokenizer, tmp_path):
+def test_malformed_lines_are_understood_or_named_with_file_and_line(cls, tokenizer, tmp_path):
     chance, said, understood = Chance(1), [], 0
     path = tmp_path / "rows.jsonl"
     good = json.dumps(
         {"text": "a", "prompt": "a", "response": "b", "label": 1, "score": 1, "chosen": "b", "rejected": "c"}
     )
-    for _ in range(1_000):
+    for _ in range(300):
         line = chance.line(FORMS[cls])
         path.write_bytes(good.encode() + b"\n" + line)
         try:
@@ -138,5 +147,5 @@ def test_a_thousand_malformed_lines_are_understood_or_named_with_file_and_line(c
     place = f"`{cls.argument}={str(path)!r}`: line 2"
     assert [error for error in said if not error.startswith(place)] == []
     assert [error for error in said if not FIELD.search(error.removeprefix(place))] == []
-    assert understood > 50
-    assert len(said) > 200
+    assert understood > 20
+    assert len(said) > 100

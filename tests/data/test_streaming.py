@@ -77,6 +77,7 @@ def test_a_resumed_run_reads_exactly_what_was_left_of_a_stream(tmp_path, limit, 
 
 
 @pytest.mark.invariant(36)
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
 @pytest.mark.parametrize(
     ("other", "why"),
     [
