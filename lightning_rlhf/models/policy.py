@@ -115,7 +115,7 @@ class Policy(nn.Module):
         branch = self.value_branch if with_values else None
         with nullcontext([]) if branch is None else branch.listening(self.decoder, reading) as heard:
             is_noisy = self.training and self.noise_alpha > 0.0
-            with noisy(self.decoder.model, reading, self.noise_alpha) if is_noisy else nullcontext():
+            with noisy(self.decoder.model, reading, batch, self.noise_alpha) if is_noisy else nullcontext():
                 said = self.decoder.read(reading, self.temperature)
         values = None
         if branch is not None:

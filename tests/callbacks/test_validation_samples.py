@@ -34,14 +34,14 @@ class Tables(Logger):
         self.tables.append((key, columns, data, step))
 
 
-def run(callbacks, policy=None, rows=ROWS, validation=ROWS, **arguments):
+def run(callbacks, policy=None, rows=ROWS, validation=ROWS, epochs=2, **arguments):
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-2)
     module = SFTModule(
         policy or tiny_gpt2(layers=1, width=32), tokenizer=word_tokenizer(), optimizer=optimizer, seed=0, **arguments
     )
     logger = Tables()
     data = ConversationDataModule(rows, validation=validation, batch_size=3, seed=0)
-    bare_trainer(max_epochs=40, check_val_every_n_epoch=20, callbacks=callbacks, logger=logger).fit(
+    bare_trainer(max_epochs=epochs, check_val_every_n_epoch=epochs // 2, callbacks=callbacks, logger=logger).fit(
         module, datamodule=data
     )
     return module, logger.tables
@@ -50,7 +50,7 @@ def run(callbacks, policy=None, rows=ROWS, validation=ROWS, **arguments):
 def test_every_validation_shows_what_is_written_and_what_the_data_has(capsys):
     callback = ValidationSamples(num_rows=2)
     greedy = {"temperature": 0, "max_new_tokens": 8}
-    _, tables = run([callback], evaluation_sampling=greedy)
+    _, tables = run([callback], evaluation_sampling=greedy, epochs=40)
     assert [step for *_, step in tables] == [20, 40]  # and none of the sanity check
     key, columns, rows, _ = tables[-1]
     assert (key, columns) == ("samples", ["prompt", "response", "data"])

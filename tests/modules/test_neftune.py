@@ -66,23 +66,23 @@ RESPONSES = random_rows([2, 6, 4, 1], seed=2)
 LENGTHS = [5, 9, 5, 3]
 
 
-def lengths_by_token(reading):
+def lengths_by_token(reading, batch):
     """Tokens in the order in which they are read, with the length of their row."""
-    return list(zip(reading.tokens.flatten().tolist(), row_lengths(reading).flatten().tolist(), strict=True))
+    return list(zip(reading.tokens.flatten().tolist(), row_lengths(reading, batch).flatten().tolist(), strict=True))
 
 
 def test_a_row_has_its_own_length_whatever_lies_beside_it():
     batch = written(PROMPTS, RESPONSES)
     side_by_side = padded(batch, None, True)
-    assert row_lengths(side_by_side).tolist() == [[length] * side_by_side.tokens.shape[1] for length in LENGTHS]
-    in_line = lengths_by_token(unpadded(batch, None, first_with_prompt(batch, shares=False)))
+    assert row_lengths(side_by_side, batch).tolist() == [[length] * side_by_side.tokens.shape[1] for length in LENGTHS]
+    in_line = lengths_by_token(unpadded(batch, None, first_with_prompt(batch, shares=False)), batch)
     rows = zip(PROMPTS, RESPONSES, LENGTHS, strict=True)
     assert in_line == [(token, n) for prompt, response, n in rows for token in prompt + response[:-1]]
 
 
 def test_a_prompt_that_rows_share_has_the_length_of_the_longest():
     batch = written(PROMPTS, RESPONSES)
-    found = lengths_by_token(unpadded(batch, None, first_with_prompt(batch, shares=True)))
+    found = lengths_by_token(unpadded(batch, None, first_with_prompt(batch, shares=True)), batch)
     expected = [(token, 9) for token in PROMPTS[0]]
     for i, prompt in enumerate([[], [], [4], [5, 6]]):
         expected += [(token, LENGTHS[i]) for token in prompt + RESPONSES[i][:-1]]
@@ -96,7 +96,7 @@ def test_a_line_that_is_filled_up_is_read_with_noise_too():
     batch = written([[1]] * 2, random_rows([150, 130], seed=3))
     reading = unpadded(batch, None, [0, 1])
     assert reading.tokens.shape[1] % 32 == 0
-    assert row_lengths(reading).shape == reading.tokens.shape
+    assert row_lengths(reading, batch).shape == reading.tokens.shape
     policy.decoder.block_size = 10**9  # of such blocks padding always costs more
     assert policy(batch).logprobs.isfinite().all()
 

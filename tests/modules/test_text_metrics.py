@@ -20,7 +20,7 @@ def test_perplexity_is_that_of_all_tokens_and_not_a_mean_of_means():
     metric = Perplexity()
     metric.update(torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[True, True]]))
     metric.update(torch.tensor([[0.125, float("nan")]]).log(), torch.tensor([[True, False]]))
-    assert float(metric.compute()) == pytest.approx((2 * 4 * 8) ** (1 / 3), rel=1e-9)
+    assert float(metric.compute()) == pytest.approx((2 * 4 * 8) ** (1 / 3), rel=1e-7)
 
 
 def test_perplexity_is_what_torchmetrics_makes_of_logits():
@@ -76,10 +76,10 @@ def test_a_module_logs_both_of_every_loader():
     trainer = bare_trainer()
     trainer.validate(module, datamodule=data, verbose=False)
     expected = math.exp(-(2 * math.log(0.75) + math.log(0.25)) / 6)
-    assert float(trainer.callback_metrics["val/policy/perplexity"]) == pytest.approx(expected, rel=1e-5)
+    assert float(trainer.callback_metrics["val/policy/perplexity"]) == pytest.approx(expected, rel=2e-4)
     assert float(trainer.callback_metrics["val/policy/token_accuracy"]) == pytest.approx(5 / 6, rel=1e-6)
     trainer.test(module, datamodule=data, verbose=False)
-    assert float(trainer.callback_metrics["test/policy/perplexity"]) == pytest.approx(2.0, rel=1e-5)
+    assert float(trainer.callback_metrics["test/policy/perplexity"]) == pytest.approx(2.0, rel=2e-4)
     assert float(trainer.callback_metrics["test/policy/token_accuracy"]) == 0.5
 
 
