@@ -100,7 +100,7 @@ class Fields:
         """
         value = self.known.get(key) if value is None else value
         try:
-            number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+            number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
@@ -136,7 +136,7 @@ class Fields:
 
     def response(self, key: str = "response") -> str:
         """A field that is a response: text, or one message of the assistant."""
-        value = self.known.get(key)
+        value: Any = self.known.get(key)
         if isinstance(value, str):
             return self.text(key)
         if not is_chat(value) or len(value) != 1 or value[0]["role"] != "assistant":
