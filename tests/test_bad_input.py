@@ -100,9 +100,9 @@ def test_a_prompt_that_is_too_long_to_be_answered():
 
 
 def test_a_prompt_that_is_no_text():
-    with complains("`prompts[1]`: `prompt=3` must be a string, or a list of chat messages"):
+    with complains("`prompts[1]`: `prompt=3` must be text, or a list of chat messages"):
         fit(ppo(reward=no_score), prompts=["a", 3])
-    with complains("`prompt=3` must be a string, or a list of chat messages"):
+    with complains("`prompt=3` must be text, or a list of chat messages"):
         ppo().generate([3])
 
 
