@@ -220,14 +220,14 @@ class RLHFDataModule(PlacedDataModule, ABC):
         self._due = 0
         if isinstance(self.rows, Stream):
             self._check_tokenizer()
-            self.rows.begin(self._reader.streamed, self.cursor, self.batch_size, *self.process)
+            self.rows.begin(self._reader.streamed, self.cursor, self.batch_size, *self._place)
             return self._loader(self.rows, None, self.batch_size, self.collate)
         items = self._items(self.argument, self.rows)
         bins = self.binned(items)
         if bins is not None:
-            sampler = CursorSampler(bins, self.cursor, 1, self.shuffle, self.seed, *self.process)
+            sampler = CursorSampler(bins, self.cursor, 1, self.shuffle, self.seed, *self._place)
             return self._loader(bins, sampler, 1, self._collate_bin)
-        sampler = CursorSampler(items, self.cursor, self.batch_size, self.shuffle, self.seed, *self.process)
+        sampler = CursorSampler(items, self.cursor, self.batch_size, self.shuffle, self.seed, *self._place)
         return self._loader(items, sampler, self.batch_size, self.collate)
 
     def binned(self, items: list[Tokenized]) -> list[list[Tokenized]] | None:
@@ -271,7 +271,7 @@ class RLHFDataModule(PlacedDataModule, ABC):
             remedy = f"pass `{name}=`" if takes else f"PromptDataModule takes `{name}=`"
             raise ValueError(f"`{name}` is not given to {type(self).__name__}, and `{verb}` needs rows: {remedy}.")
         items = self._items(name, self.held_out[name])
-        return self._loader(items, EvaluationSampler(items, *self.process), self.batch_size, self.collate)
+        return self._loader(items, EvaluationSampler(items, *self._place), self.batch_size, self.collate)
 
     def _items(self, argument: str, rows: Rows) -> list[Tokenized]:
         self._check_tokenizer()

@@ -30,7 +30,7 @@ class PlacedDataModule(L.LightningDataModule):
         self._due = 0  # batches that training has finished once the last one that was read is
 
     @property
-    def process(self) -> tuple[int, int]:
+    def _place(self) -> tuple[int, int]:
         """Number of processes, and of this one."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
