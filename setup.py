@@ -54,6 +54,7 @@ setup(
         "tensorboard>=2.11",
         "jsonargparse[signatures]>=4.39",
         "rich>=12.3",
+        "aiohttp>=3.9",
         "jaxtyping>=0.3",
         "numpy>=1.26",
     ],

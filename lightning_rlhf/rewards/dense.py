@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_rlhf.dotted import dotted_name, imported
 from lightning_rlhf.rewards.functions import Reward, own_name, parameters_of, plain
+from lightning_rlhf.rewards.stored import StoredReward
 
 Span = tuple[int, int]
 """Where a part of a text begins and ends, in characters, the end not included."""
@@ -110,7 +111,7 @@ def token_scores(
     return result
 
 
-class DenseReward:
+class DenseReward(StoredReward):
     """A reward that scores every sentence, line or step of a response.
 
     Args:

@@ -17,13 +17,14 @@ from lightning_rlhf.models.classifier import Classifier, Row, is_classifier_obje
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, load_tokenizer
 from lightning_rlhf.models.offloading import HOST, fetched
 from lightning_rlhf.models.scorer_loading import stored
+from lightning_rlhf.rewards.stored import StoredReward
 from lightning_rlhf.rewards.texts import READS, TextReader, continuations
 
 _GIVEN_UP = 2**40
 """More forward passes than there ever are."""
 
 
-class RewardModel:
+class RewardModel(StoredReward):
     """A trained sequence classifier of transformers that scores responses, or an export of :class:`RewardModule`.
 
     It is frozen, in evaluation mode, in no checkpoint of the policy's, and keeps its own type whatever ``precision``
