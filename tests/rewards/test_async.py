@@ -15,7 +15,7 @@ from lightning_rlhf.rewards.functions import RewardFunction
 from lightning_rlhf.rewards.metrics import MetricFunction
 from lightning_rlhf.rewards.threads import begun, finished
 from tests.networks import word_tokenizer, written
-from tests.training import bare_trainer, fit, module_of
+from tests.training import fit, module_of
 
 
 def rollouts():
