@@ -9,10 +9,12 @@ if TYPE_CHECKING:
     from lightning_rlhf.data.conversations import ConversationDataModule
     from lightning_rlhf.data.preferences import PreferenceDataModule
     from lightning_rlhf.data.prompts import PromptDataModule
+    from lightning_rlhf.data.steps import StepDataModule
     from lightning_rlhf.generation.sampling import Sampling
     from lightning_rlhf.models.loading import ModelSpec
     from lightning_rlhf.modules.grpo import GRPOModule
     from lightning_rlhf.modules.ppo import PPOModule
+    from lightning_rlhf.modules.process_reward import ProcessRewardModule
     from lightning_rlhf.modules.reward import RewardModule
     from lightning_rlhf.modules.sft import SFTModule
     from lightning_rlhf.rewards.dense import DenseReward
@@ -34,6 +36,7 @@ _HOMES = {
     "ModelSpec": "lightning_rlhf.models.loading",
     "PPOModule": "lightning_rlhf.modules.ppo",
     "PreferenceDataModule": "lightning_rlhf.data.preferences",
+    "ProcessRewardModule": "lightning_rlhf.modules.process_reward",
     "PromptDataModule": "lightning_rlhf.data.prompts",
     "RegexMatch": "lightning_rlhf.rewards.rules",
     "RepetitionPenalty": "lightning_rlhf.rewards.penalties",
@@ -42,6 +45,7 @@ _HOMES = {
     "RewardModule": "lightning_rlhf.modules.reward",
     "SFTModule": "lightning_rlhf.modules.sft",
     "Sampling": "lightning_rlhf.generation.sampling",
+    "StepDataModule": "lightning_rlhf.data.steps",
     "TagFormat": "lightning_rlhf.rewards.rules",
 }
 
@@ -55,6 +59,7 @@ __all__ = [
     "ModelSpec",
     "PPOModule",
     "PreferenceDataModule",
+    "ProcessRewardModule",
     "PromptDataModule",
     "RegexMatch",
     "RepetitionPenalty",
@@ -63,6 +68,7 @@ __all__ = [
     "RewardModule",
     "SFTModule",
     "Sampling",
+    "StepDataModule",
     "TagFormat",
 ]
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from lightning_rlhf.dotted import dotted_name
 from lightning_rlhf.functional.ensemble import Combination, ensemble_score
 from lightning_rlhf.rewards.callables import as_callable
 from lightning_rlhf.rewards.functions import Reward
@@ -58,7 +56,7 @@ class RewardEnsemble(StoredReward):
         for member in self.members:
             if isinstance(member, RewardEnsemble):
                 raise TypeError(f"`rewards` holds the ensemble {member.name!r}: name its members instead.")
-        self._given = list(rewards)
+        self._given = {"rewards": list(rewards), "combine": combine, "coef": coef, "name": name}
         self.combine = combine
         self.coef = coef
         self.name = name
@@ -73,20 +71,3 @@ class RewardEnsemble(StoredReward):
             Of that shape; NaN where no member applies.
         """
         return ensemble_score(torch.stack(list(scores)), self.combine, self.coef or 0.0)
-
-    def plain(self) -> dict[str, Any] | None:
-        """What makes the same again, as plain values; None where a member or the class has none."""
-        members = [_plain(reward) for reward in self._given]
-        class_path = dotted_name(type(self))
-        if class_path is None or None in members:
-            return None
-        given = {"rewards": members, "combine": self.combine, "coef": self.coef, "name": self.name}
-        return {"class_path": class_path, "init_args": given}
-
-
-def _plain(reward: Any) -> Any:
-    if isinstance(reward, StoredReward):
-        return reward.plain()
-    if isinstance(reward, os.PathLike):
-        return os.fspath(reward)
-    return reward if isinstance(reward, str | Mapping) else dotted_name(reward)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from lightning_rlhf.dotted import dotted_name, imported
+from lightning_rlhf.dotted import imported
 from lightning_rlhf.rewards.endpoint import SHOWN, Endpoint, EndpointError
 from lightning_rlhf.rewards.functions import plain
 from lightning_rlhf.rewards.stored import StoredReward
@@ -50,8 +50,8 @@ class HTTPReward(StoredReward):
             raise ValueError(f"`batch_size={batch_size}` must be at least 1.")
         if isinstance(metadata, str):
             raise TypeError(f"`metadata={metadata!r}` must be a list of keys: write [{metadata!r}].")
-        self._given = {"url": url, "batch_size": batch_size, "metadata": list(metadata), "name": name, **kwargs}
-        self._functions = {"write": write, "read": read}
+        own = {"batch_size": batch_size, "metadata": list(metadata), "write": write, "read": read, "name": name}
+        self._given = {"url": url, **own, **kwargs}
         self.batch_size = batch_size
         self.metadata = tuple(metadata)
         self.write = _function("write", write, written)
@@ -101,13 +101,6 @@ class HTTPReward(StoredReward):
             scores += found
         return scores
 
-    def plain(self) -> dict[str, Any] | None:
-        """What makes the same again, as plain values; None where a function or the class cannot be imported."""
-        names = {key: value if value is None else _name(value) for key, value in self._functions.items()}
-        class_path = dotted_name(type(self))
-        is_lost = any(names[key] is None and value is not None for key, value in self._functions.items())
-        return None if class_path is None or is_lost else {"class_path": class_path, "init_args": self._given | names}
-
 
 def written(prompts: Sequence[Any], responses: Sequence[str], **metadata: Any) -> dict[str, Any]:
     """The body of a request.
@@ -140,7 +133,3 @@ def _function(argument: str, given: Callable[..., Any] | str | None, default: Ca
     if not callable(function):
         raise TypeError(f"`{argument}={given!r}` must be callable, or the dotted name of a function.")
     return function
-
-
-def _name(function: Callable[..., Any] | str) -> str | None:
-    return function if isinstance(function, str) else dotted_name(function)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
-from lightning_rlhf.dotted import dotted_name
 from lightning_rlhf.rewards.stored import StoredReward
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -20,10 +19,9 @@ class Rule(StoredReward):
 
     name: ClassVar[str]  # under which it is logged
 
-    def plain(self) -> dict[str, Any] | None:
-        """What makes the same again, as plain values; None where the class cannot be imported."""
-        class_path = dotted_name(type(self))
-        return None if class_path is None else {"class_path": class_path, "init_args": asdict(self)}
+    @property
+    def _given(self) -> dict[str, Any]:  # type: ignore[override]
+        return asdict(self)
 
 
 @dataclass(frozen=True)
