@@ -62,9 +62,9 @@ def test_rows_from_a_file_are_named_by_line_and_field(tmp_path):
     [
         (
             {"labels": None},
-            r"has the keys \['prompt', 'steps'\]: it needs 'prompt', 'labels', and 'steps' or 'response'",
+            r"has the keys .*: it needs 'prompt', 'labels', and 'steps' or 'response'",
         ),
-        ({"steps": None}, r"has the keys \['labels', 'prompt'\]: it needs"),
+        ({"steps": None}, r"has the keys .*: it needs"),
         ({"labels": [None]}, r"`labels=\[None\]` must say something of one step at least"),
         ({"labels": [1, 2]}, r"`labels=\[1, 2\]` must be 1 labels, one for each step"),
         ({"labels": 1}, "`labels=1` must be a list"),
