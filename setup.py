@@ -71,6 +71,7 @@ setup(
             "pyarrow>=14",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "setuptools>=77",
             "wandb>=0.19",

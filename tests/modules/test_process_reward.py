@@ -332,6 +332,8 @@ def test_an_export_refuses_other_ways_to_read_it(tmp_path):
             RewardModel(tmp_path / "judge", **arguments).load()
     with pytest.raises(ValueError, match="`response_tokens` and `tokenizer` must be given to the reward model 'judge'"):
         RewardModel(tmp_path / "judge")(["a"], ["b"])
+    with pytest.raises(ValueError, match="`merge_adapter=False`: an adapter on a policy's model scores no steps"):
+        module_of().save_pretrained(tmp_path, merge_adapter=False)
     model = scored_by()
     with pytest.raises(ValueError, match="`split=.*lines.*`: the reward model .* scores whole responses: leave it out"):
         RewardModel(model, tokenizer=word_tokenizer(), split="lines").load()
