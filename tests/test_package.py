@@ -32,8 +32,8 @@ ORDER = (
     ("modules",),
     ("planning",),
     ("",),
-    ("callbacks",),
-    ("cli", "sweep", "collect"),
+    ("callbacks", "collect"),
+    ("cli", "sweep"),
     ("__main__",),
     ("examples",),
 )
