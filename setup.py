@@ -70,6 +70,7 @@ setup(
             "beartype>=0.20",
             "build>=1.2",
             "gguf>=0.10",
+            "httpx2>=2.0",
             "jinja2>=3.1",
             "mypy>=1.15",
             "pyarrow>=14",

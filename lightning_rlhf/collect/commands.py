@@ -154,7 +154,7 @@ class Serve(Add):
         if not tasks:
             raise ValueError(f"`database={self.database!r}` has no tasks: give `prompts`.")
         is_open = access.token is None and not access.tokens
-        app = Server(store, access, page).app(["localhost", "127.0.0.1", "::1", "[::1]"] if is_open else None)
+        app = Server(store, access, page).app(["localhost", "127.0.0.1", "::1", "[::1]", self.host] if is_open else None)
         name = f"[{self.host}]" if ":" in self.host else self.host
         print(f"{tasks} tasks, {done} of them done, at http://{name}:{listener.getsockname()[1]}/", flush=True)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
