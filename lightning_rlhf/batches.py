@@ -1,4 +1,4 @@
-"""What travels between the rooms: prompts, rollouts, scores, experience, rows to imitate, and comparisons."""
+"""What travels between the rooms: prompts, rollouts, scores, experience, rows to imitate, steps, and comparisons."""
 
 from __future__ import annotations
 
@@ -184,6 +184,21 @@ class ImitationBatch(Batch):
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class StepBatch(ImitationBatch):
+    """Responses that were judged step by step.
+
+    Attributes:
+        step_mask: True at the token that ends a step of which somebody said something.
+        labels: What was said of the step that ends at a token; 0 elsewhere.
+        metadata: Every other key of the rows, a list each.
+    """
+
+    step_mask: Bool[Tensor, "batch response"]
+    labels: Float[Tensor, "batch response"]
+    metadata: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lightning_rlhf
 from lightning_rlhf.callbacks import ResponseWriter
-from lightning_rlhf.collect.command import ABOUT, COLLECT, collect, collect_parser
+from lightning_rlhf.collect.command import ABOUT, COLLECT, collect
 from lightning_rlhf.modules.arguments import known_arguments
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.planning.command import Asked, plan_run
@@ -97,7 +97,7 @@ class RLHFCLI(LightningCLI):
         self._subcommand_parsers[PLAN] = planner
         assert parser._subcommands_action is not None
         parser._subcommands_action.add_subcommand(PLAN, planner, help=about)
-        parser._subcommands_action.add_subcommand(COLLECT, collect_parser(), help=ABOUT)  # for the help; see main
+        parser._subcommands_action.add_subcommand(COLLECT, Parser(), help=ABOUT)  # for the help alone: see main
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Reads the command line."""

@@ -146,7 +146,7 @@ def report(state: Progress) -> None:
     Args:
         state: What :func:`progress` read.
     """
-    table = Table("annotator", "preferences", "of them ties", "skips", "flags", "seconds", "left was better")
+    table = Table("annotator", "preferences", "ties", "skips", "flags", "seconds", "left won")
     for work in state.work:
         numbers = map(str, (work.preferences, work.ties, work.skips, work.flags))
         name = f"{work.name} (judge)" if work.is_judge else work.name

@@ -139,6 +139,26 @@ class Classifier:
         """
         return torch.cat([self._run(part, pad) for part, pad in self._passes(rows)])
 
+    def token_logits(self, rows: Sequence[Row], layer: str) -> list[Float[Tensor, "tokens labels"]]:
+        """The logits at every token of texts, in one forward pass.
+
+        Args:
+            rows: Without padding.
+            layer: Of the model, that makes logits of the state at a token.
+
+        Returns:
+            In single precision, on the CPU, one for each row.
+        """
+        seen: list[Tensor] = []
+        handle = self.model.get_submodule(layer).register_forward_hook(lambda _, inputs, logits: seen.append(logits))
+        try:
+            for part, pad in self._passes(rows):
+                self._run(part, pad)
+        finally:
+            handle.remove()
+        logits = [row for made in seen for row in made.float().cpu()]
+        return [of_row[: len(row["input_ids"])] for of_row, row in zip(logits, rows, strict=True)]
+
     def fits_one_pass(self, rows: Sequence[Row]) -> bool:
         """Whether :meth:`logits` makes one forward pass of rows, and not one of each.
 
@@ -163,6 +183,23 @@ class Classifier:
         """Of its outputs, in order; numbers where the config has none."""
         return [self.model.config.id2label.get(i, str(i)) for i in range(self.labels)]
 
+    def check_label(self, label: str | int | None, name: str) -> None:
+        """Refuses a label that it does not have.
+
+        Args:
+            label: Its name or number; None for the only one.
+            name: Of the reward model, for the error.
+
+        Raises:
+            ValueError: If there is none, or several to choose from.
+        """
+        names = self.label_names
+        fits = label in range(self.labels) if isinstance(label, int) else label in names
+        if label is None and self.labels > 1 or label is not None and not fits:
+            raise ValueError(
+                f"`label={label!r}` of the reward model {name!r} must be one of {', '.join(map(repr, names))}."
+            )
+
     def label_number(self, label: str | int | None) -> int:
         """Which output belongs to a label.
 
@@ -181,8 +218,8 @@ class Classifier:
         fill = {"input_ids": pad or 0, "token_type_ids": 0}
         tokens = {
             name: torch.tensor([row[name] + [fill[name]] * (width - len(row[name])) for row in rows]).to(self.device)
-            for name in rows[0]
-            if name == "input_ids" or self.reads_types
+            for name in fill
+            if name in rows[0] and (name == "input_ids" or self.reads_types)
         }
         mask = (torch.arange(width) < lengths[:, None]).long().to(self.device)
         # The precision of what trains does not reach into a frozen model of its own type.

@@ -91,3 +91,66 @@ def end_id(tokenizer: Any) -> int:
     if found is None:
         raise ValueError("`tokenizer` has neither EOS nor SEP, so that no text could end: set `tokenizer.eos_token`.")
     return found
+
+
+def step_ends(response: str, separator: str) -> list[int]:
+    r"""Where the steps of a response end: before every separator that has something before it, and at the end.
+
+    Args:
+        response: What was written.
+        separator: What stands between two steps.
+
+    Returns:
+        In characters. A separator belongs to no step; white space alone is none, and goes with what follows it.
+
+    Example:
+        >>> step_ends("2 + 2 = 4\n\nSo 4.", "\n")
+        [9, 16]
+    """
+    ends, begin, place = [], 0, 0
+    while place <= len(response):
+        found = response.find(separator, place)
+        end = len(response) if found < 0 else found
+        if response[begin:end].strip():
+            ends.append(end)
+            begin = end + len(separator)
+        place = end + len(separator)
+    return ends
+
+
+def step_ids(response: str, ends: Sequence[int], separator: str | None, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens of a response that is read step by step, up to the end of the last.
+
+    Each step is tokenised by itself, so that it ends with a token.
+
+    Args:
+        response: What was written.
+        ends: Where its steps end, in characters.
+        separator: What stands behind every step, behind the last one too; None where nothing does.
+        tokenizer: Of the reward model.
+
+    Returns:
+        The tokens, and which of them ends each step.
+
+    Raises:
+        ValueError: If the steps do not follow one another, or one has no token.
+    """
+    ids: list[int] = []
+    last: list[int] = []
+    begin = 0
+    for end in ends:
+        if not begin < end <= len(response):
+            raise ValueError(
+                f"`ends={list(ends)}` must rise from more than 0 to at most {len(response)}, the characters of the "
+                "response."
+            )
+        step = response[begin:end]
+        begin = end
+        if separator is not None:
+            step = step.removeprefix(separator) + separator
+        found = tokenizer(step, add_special_tokens=False)["input_ids"]
+        if not found:
+            raise ValueError(f"the step {step!r} has no token: join it to another one.")
+        ids += found
+        last.append(len(ids) - 1)
+    return ids, last

@@ -7,8 +7,8 @@ from lightning_rlhf.collect.agreement import cohen_kappa, kappas, krippendorff_a
 # `Computing Krippendorff's Alpha-Reliability`, parts A to C: the observers' rows, a point where one has seen nothing.
 PUBLISHED = [
     (["0100000010", "1110010000"], 0.095),
-    (["aabbdcccedda", "babbbcccEddd".lower()], 0.692),
-    (["123321412...", "12332241 25.3".replace(" ", ""), ".33323422251"[:11] + ".", "12332441251."], 0.743),
+    (["aabbdcccedda", "babbbccceddd"], 0.692),
+    (["123321412...", "1233224125.3", ".3332342251.", "12332441251."], 0.743),
 ]
 
 
