@@ -8,6 +8,7 @@ import os
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -64,9 +65,8 @@ class Add(Command):
         """Adds them."""
         if self.prompts is None:
             raise ValueError("`prompts` is missing: give a file of them, or a list.")
-        store = Store(self.database)
-        self.add_to(store)
-        store.close()
+        with closing(Store(self.database)) as store:
+            self.add_to(store)
 
     def add_to(self, store: Store) -> None:
         """Adds tasks, and says how many.
@@ -145,27 +145,31 @@ class Serve(Add):
             raise ImportError(
                 f"the page needs what `pip install lightning-rlhf[collect]` installs ({error.name} is not there)."
             ) from error
-        store = Store(self.database, answers_per_task=self.answers_per_task, lease_seconds=60.0 * self.lease_minutes)
-        access = Access(store.database, self.host, self.token, self.annotators)
-        page = Page(self.title, self.instructions, self.choose)
-        listener = self._listener()
-        self.add_to(store)
-        tasks, done, _ = counts(store)
-        if not tasks:
-            raise ValueError(f"`database={self.database!r}` has no tasks: give `prompts`.")
-        is_open = access.token is None and not access.tokens
-        app = Server(store, access, page).app(["localhost", "127.0.0.1", "::1", "[::1]", self.host] if is_open else None)
-        name = f"[{self.host}]" if ":" in self.host else self.host
-        print(f"{tasks} tasks, {done} of them done, at http://{name}:{listener.getsockname()[1]}/", flush=True)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
-        uvicorn.Server(config).run(sockets=[listener])
-        store.close()
+        if not self.lease_minutes > 0:
+            raise ValueError(f"`lease_minutes={self.lease_minutes}` must be positive.")
+        lease = 60.0 * self.lease_minutes
+        store = Store(self.database, answers_per_task=self.answers_per_task, lease_seconds=lease)
+        with closing(store), self._listener() as listener:
+            access = Access(store.database, self.host, self.token, self.annotators)
+            self.add_to(store)
+            tasks, done, _ = counts(store)
+            if not tasks:
+                raise ValueError(f"`database={self.database!r}` has no tasks: give `prompts`.")
+            is_open = access.token is None and not access.tokens
+            hosts = ["localhost", "127.0.0.1", "::1", "[::1]", self.host] if is_open else None
+            app = Server(store, access, Page(self.title, self.instructions, self.choose)).app(hosts)
+            name = f"[{self.host}]" if ":" in self.host else self.host
+            print(f"{tasks} tasks, {done} of them done, at http://{name}:{listener.getsockname()[1]}/", flush=True)
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+            uvicorn.Server(config).run(sockets=[listener])
 
     def _listener(self) -> socket.socket:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
+            if not 0 <= self.port < 2**16:
+                raise OSError("there is no such port")
             return socket.create_server((self.host, self.port), family=family)
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise ValueError(
                 f"`host={self.host!r}`, `port={self.port}` cannot be listened on ({error}): give another `port`, 0 for "
                 "any that is free."
@@ -186,12 +190,11 @@ class LetJudge(Add):
 
     def run(self) -> None:
         """Judges."""
-        store = Store(self.database, must_exist=self.prompts is None)
-        self.add_to(store)
-        done = judge_all(store, self.judge, self.tasks_at_once)
-        print(f"{self.judge.name} has judged {done} tasks.")
-        report(progress(store))
-        store.close()
+        with closing(Store(self.database, must_exist=self.prompts is None)) as store:
+            self.add_to(store)
+            done = judge_all(store, self.judge, self.tasks_at_once)
+            print(f"{self.judge.name} has judged {done} tasks.")
+            report(progress(store))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +213,10 @@ class Export(Command):
 
     def run(self) -> None:
         """Writes them, whole or not at all."""
-        store = Store(self.database, must_exist=True)
+        with closing(Store(self.database, must_exist=True)) as store:
+            self._write(store)
+
+    def _write(self, store: Store) -> None:
         known = [row["name"] for row in store.database.rows("SELECT name FROM annotators ORDER BY name")]
         for name in self.annotators or []:
             if name not in known:
@@ -225,7 +231,6 @@ class Export(Command):
         os.replace(partial, path)
         others = store.database.value("SELECT count(*) FROM answers WHERE undone IS NULL AND verdict <> 'preference'")
         flagged = counts(store)[2]
-        store.close()
         print(
             f"{written} preferences are in {path}. Not in it: {others} skips and flags, and what others said of the "
             f"{flagged} flagged tasks."
@@ -246,6 +251,5 @@ class Show(Command):
 
     def run(self) -> None:
         """Prints it."""
-        store = Store(self.database, answers_per_task=self.answers_per_task, must_exist=True)
-        report(progress(store))
-        store.close()
+        with closing(Store(self.database, answers_per_task=self.answers_per_task, must_exist=True)) as store:
+            report(progress(store))

@@ -137,6 +137,7 @@ def test_writers_that_could_write_no_choice_are_refused(arguments, message):
         (["serve", "--database", "x.sqlite", "--port", "70000"], "`port=70000` cannot be listened on"),
         (["serve", "--database", "x.sqlite", "--host", "192.0.2.1", "--token", "12345678"], "listened on"),
         (["serve", "--database", "x.sqlite", "--choose", "worst"], "choose"),
+        (["serve", "--database", "x.sqlite", "--lease_minutes", "0"], "`lease_minutes=0.0` must be positive"),
         (["export", "--database", "x.sqlite", "--output", "o.jsonl"], "there is no such file"),
         (["progress", "--database", "x.sqlite"], "there is no such file"),
         (["judge", "--database", "x.sqlite"], "`judge` is missing"),
