@@ -46,7 +46,7 @@ class Person:
         return WebDriverWait(self.driver, 20, 0.05).until(lambda _: condition())
 
     def text(self, selector):
-        return " ".join(element.text for element in self.find(selector))
+        return " ".join(self.texts(selector))
 
     def sees(self, selector, text):
         self.until(lambda: text in self.text(selector))
@@ -59,7 +59,13 @@ class Person:
         self.find(selector)[0].click()
 
     def responses(self):
-        return [element.get_attribute("textContent") for element in self.find(".card .content")]
+        return self.texts(".card .content")
+
+    def texts(self, selector):
+        """Of all at the same moment: the page may change at any."""
+        return self.driver.execute_script(
+            "return [...document.querySelectorAll(arguments[0])].map((one) => one.textContent)", selector
+        )
 
     def place_of(self, response):
         self.until(lambda: response in self.responses())
@@ -84,6 +90,7 @@ def test_two_people_answer_over_a_kill_and_a_reward_model_learns_from_it(people,
     with_mouse(ann)
     with_keys(bob)
     assert ann.complaints() + bob.complaints() == []
+    assert (ann.driver.title, bob.driver.title) == ("Which response is better?",) * 2  # no script has run
 
     server.kill()
     bob.press("=")
@@ -92,7 +99,6 @@ def test_two_people_answer_over_a_kill_and_a_reward_model_learns_from_it(people,
     server.start()
     after_the_kill(ann, bob)
     assert ann.complaints() + bob.complaints() == []
-    assert (ann.driver.title, bob.driver.title) == ("Which response is better?",) * 2
     server.kill()
 
     monkeypatch.chdir(tmp_path)
