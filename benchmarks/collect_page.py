@@ -121,7 +121,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     if missing_browser():
         raise SystemExit(missing_browser())
-    with tempfile.TemporaryDirectory() as name, chromium(1280, 800) as driver:
+    with tempfile.TemporaryDirectory() as name, chromium(1280, 900) as driver:
         folder = Path(name)
         annotated(folder / "pairs.sqlite")
         with served(folder, database="pairs.sqlite", answers_per_task=2, instructions=INSTRUCTIONS) as server:

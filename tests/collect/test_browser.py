@@ -182,7 +182,9 @@ def after_the_kill(ann, bob):
 
 
 def learns(rows):
-    module = RewardModule(tiny_gpt2(), tokenizer=word_tokenizer(), tie_threshold=0.4, optimizer=sgd)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    module = RewardModule(tiny_gpt2(), tokenizer=tokenizer, tie_threshold=0.4, optimizer=sgd)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The number of training batches")
         bare_trainer(max_steps=1).fit(module, datamodule=PreferenceDataModule("out.jsonl", batch_size=len(rows)))

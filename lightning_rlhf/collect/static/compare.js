@@ -78,6 +78,7 @@ function show(state) {
   showProgress(state.progress);
   drawRanking();
   scrollTo(0, 0);
+  $("prompt").scrollTop = $("prompt").scrollHeight; // of a long conversation the last turns are seen first
 }
 
 function turn({ role, content }) {
