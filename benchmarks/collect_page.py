@@ -135,7 +135,8 @@ def main() -> None:
         (folder / "ranking.jsonl").write_text(json.dumps(RANKING) + "\n")
         with served(folder, database="ranking.sqlite", prompts="ranking.jsonl") as server:
             enter(driver, server.url)
-            driver.find_elements("css selector", ".choose")[1].click()
+            cards = driver.find_elements("css selector", ".card")
+            next(card for card in cards if "Sunlight" in card.text).find_element("tag name", "button").click()
             shoot(driver, "ranking", is_dark=True)
 
 

@@ -41,7 +41,7 @@ async function act(action, fields, done) {
   document.body.classList.add("busy");
   try {
     show(await ask(action, fields));
-    say(done);
+    say(done || hint());
     if (task?.previous) recall(task.previous);
   } catch (error) {
     if (error.status === 401) location.assign("/");
@@ -100,6 +100,11 @@ function card(text, number) {
   made.append(button, element("div", "content", text));
   if (text.trim() === "") made.lastChild.replaceChildren(element("em", "empty", text ? "(blank)" : "(empty)"));
   return made;
+}
+
+function hint() {
+  if (task === null) return "";
+  return isRanking() ? "Put them in order, the best first: press their numbers, or click." : "Press a number, or click.";
 }
 
 function label() {
