@@ -25,6 +25,7 @@ class Fields:
 
     def __init__(self, row: Row, place: str, columns: Mapping[str, str], keys: Sequence[str]) -> None:
         self.place = place
+        self.keys = sorted(map(str, row))
         self.given = {key: value for key, value in row.items() if value is not None}
         self.names = {key: columns.get(key) or self._own(key) for key in keys}
         self.known = {key: self.given[name] for key, name in self.names.items() if name in self.given}
@@ -50,10 +51,7 @@ class Fields:
         Returns:
             What is to be raised.
         """
-        return ValueError(
-            f"{self.place} has the keys {sorted(map(str, self.given))}: it needs {needed}. Other names go into "
-            "`columns`."
-        )
+        return ValueError(f"{self.place} has the keys {self.keys}: it needs {needed}. Other names go into `columns`.")
 
     def wrong(self, key: str, must: str, value: Any = None) -> ValueError:
         """The error of a field.
@@ -102,7 +100,7 @@ class Fields:
         """
         value = self.known.get(key) if value is None else value
         try:
-            number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+            number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
@@ -138,7 +136,7 @@ class Fields:
 
     def response(self, key: str = "response") -> str:
         """A field that is a response: text, or one message of the assistant."""
-        value = self.known.get(key)
+        value: Any = self.known.get(key)
         if isinstance(value, str):
             return self.text(key)
         if not is_chat(value) or len(value) != 1 or value[0]["role"] != "assistant":

@@ -34,6 +34,8 @@ class RewardEnsemble(StoredReward):
         'ensemble'
     """
 
+    name: str
+
     def __init__(
         self,
         rewards: Sequence[Reward | str],

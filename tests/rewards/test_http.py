@@ -1,6 +1,7 @@
 """Endpoints: a server of this process, which is slow, fails, or answers what it should not."""
 
 import json
+import pickle
 import threading
 import time
 from contextlib import contextmanager
@@ -8,12 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from lightning_rlhf import GRPOModule, HTTPReward, PPOModule, PromptDataModule
+from lightning_rlhf import GRPOModule, HTTPReward, PPOModule
+from lightning_rlhf.modules.arguments import plain_arguments
 from lightning_rlhf.rewards.combine import CombinedReward
 from lightning_rlhf.rewards.endpoint import Endpoint
 from lightning_rlhf.rewards.functions import RewardFunction
-from tests.networks import tiny_gpt2, word_tokenizer, written
-from tests.training import bare_trainer, fit, module_of
+from tests.networks import word_tokenizer, written
+from tests.training import fit, module_of
 
 QUICK = {"backoff": 1e-3, "max_backoff": 1e-3}
 
@@ -235,7 +237,7 @@ def test_one_that_does_not_answer_is_not_waited_for():
 def test_one_that_is_not_there_is_an_error_once_all_attempts_are_made():
     with serving(lengths) as server:
         url = server.url
-    with pytest.raises(RuntimeError, match=r"`url='http://127.*' failed \(.*on responses 0 to 4, .* after 3 attempts"):
+    with pytest.raises(RuntimeError, match=r"`url='http://127.*'` failed \(.*on responses 0 to 4, .* after 3 attempts"):
         scored(HTTPReward(url, retries=2, **QUICK))
 
 
@@ -291,19 +293,21 @@ def test_what_makes_no_endpoint_is_refused(build, error, complaint):
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_a_module_learns_from_a_url(in_background, tmp_path):
+def test_a_module_learns_from_a_url(in_background):
     with serving(lengths) as server:
         module = module_of(PPOModule, reward=[server.url], reward_in_background=in_background)
-        seen = fit(module, iterations=2)
-        for experience in seen.experiences:
-            assert experience.scores.total.tolist() == [float(len(response)) for response in experience.responses]
-        assert list(seen.experiences[0].scores.by_name) == ["127.0.0.1"]
-        trainer = bare_trainer(max_epochs=1)
-        trainer.fit(module, datamodule=PromptDataModule(["a"], batch_size=1))
-        trainer.save_checkpoint(tmp_path / "one.ckpt")
-    policy = tiny_gpt2(initializer_range=0.3)
-    loaded = PPOModule.load_from_checkpoint(tmp_path / "one.ckpt", policy=policy, tokenizer=word_tokenizer())
-    assert loaded.reward.rewards[0].function.endpoint.url == server.url
+        (experience,) = fit(module, iterations=1).experiences
+    assert experience.scores.total.tolist() == [float(len(response)) for response in experience.responses]
+    assert list(experience.scores.by_name) == ["127.0.0.1"]
+
+
+def test_a_checkpoint_knows_its_endpoint():
+    options = {"metadata": ["answer"], "read": rewards_of, "timeout": 3.0, "headers": {"X-Kind": "test"}}
+    stored = plain_arguments({"reward": [HTTPReward("http://a/b", **options)]})["reward"]
+    (reward,) = (reward.function for reward in CombinedReward(stored).rewards)
+    assert (reward.endpoint.url, reward.endpoint.timeout, reward.metadata) == ("http://a/b", 3.0, ("answer",))
+    assert reward.read is rewards_of
+    assert pickle.loads(pickle.dumps(reward)).plain() == reward.plain()
 
 
 @pytest.mark.invariant(39)
