@@ -78,6 +78,7 @@ setup(
             "pyarrow>=14",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "selenium>=4.20",
             "setuptools>=77",

@@ -250,7 +250,9 @@ def main(args: list[str] | None = None) -> None:
     table.add_row("TF-IDF, logistic regression", f"{baseline:.3f}", f"{time.perf_counter() - start:.0f}")
     start = time.perf_counter()
     found = reward_model(matched(learn, options.rounds, options.seed + 1), test, model, options)
-    table.add_row(f"reward model, {Path(model).name}", f"{found:.3f}", f"{time.perf_counter() - start:.0f}")
+    table.add_row(
+        f"reward model, {Path(options.model).name or 'MiniLM-L6'}", f"{found:.3f}", f"{time.perf_counter() - start:.0f}"
+    )
     Console().print(table)
 
 

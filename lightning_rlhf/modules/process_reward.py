@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -208,6 +209,17 @@ class ProcessRewardModule(ScoringModule):
             The probability that a step is right, or the scores as they are.
         """
         return scores.sigmoid() if self.loss_name == "bce" else scores
+
+    def save_pretrained(self, folder: str | os.PathLike[str], merge_adapter: bool = True) -> None:
+        """Writes model and tokenizer as a folder for ``RewardModel``, with the original dropout values.
+
+        Args:
+            folder: Where to; made if it is missing.
+            merge_adapter: True: an adapter that shares a policy's model cannot score its steps.
+        """
+        if not merge_adapter:
+            raise ValueError("`merge_adapter=False`: an adapter on a policy's model scores no steps: leave it out.")
+        super().save_pretrained(folder)
 
     @property
     def reading(self) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_rlhf.models.adapter_configs import has_adapter_only
 from lightning_rlhf.models.classifier import Classifier, Row, is_classifier_object, load_classifier
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, load_tokenizer
 from lightning_rlhf.models.offloading import HOST, fetched
-from lightning_rlhf.models.scorer_loading import stored
 from lightning_rlhf.rewards.dense import Split, split_of
 from lightning_rlhf.rewards.passes import in_passes
 from lightning_rlhf.rewards.steps import reader_of
@@ -130,7 +130,8 @@ class RewardModel(StoredReward):
         self.most: Callable[[int], int] = int
         self.waits = False
         self._place: torch.device | None = None  # where it is asked
-        self.name = name or self._own_name()
+        own = PurePath(os.fspath(self.spec.model)).name if self.spec.is_named else type(self.spec.model).__name__
+        self.name = name or own
         self.classifier: Classifier | None = None
         self._tokenizer = tokenizer
         self._has_warned = False
@@ -193,14 +194,25 @@ class RewardModel(StoredReward):
         """
         if classifier is not None or self.classifier is None:
             self.classifier = classifier or self._read()
-            export = stored(self.classifier.model.config)
+            self.classifier.check_label(self.label, self.output, self.name)
+            export = self.classifier.stored
             self._reader = reader_of(export, self.tokenizer, self.reads, self.append_eos, self.split, self.name)
             home = HOST if self.waits else self.device
             if home is not None:
                 self._move(home)
         return self.classifier
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter on a policy's model, of which it then holds no copy."""
+        return self.spec.is_named and has_adapter_only(os.fspath(self.spec.model))
+
     def _read(self) -> Classifier:
+        if self.is_adapter:
+            raise ValueError(
+                f"`reward={self.name!r}` is an adapter, which scores within an online module whose policy has its "
+                "model: for one that stands alone export it whole, by `save_pretrained(folder)`."
+            )
         network: Any = load_classifier(self.spec, "reward") if self.spec.is_named else self.spec.model
         tokens, rows = len(self.tokenizer), int(network.get_input_embeddings().weight.shape[0])
         if tokens > rows:
@@ -208,20 +220,7 @@ class RewardModel(StoredReward):
                 f"`tokenizer` of the reward model {self.name!r} has {tokens} tokens, and the model {rows} rows: it "
                 "is another model's. Pass its own."
             )
-        classifier = Classifier(network, self.tokenizer.pad_token_id)
-        classifier.check_label(self.label, self.name)
-        self._output(classifier)
-        return classifier
-
-    def _output(self, classifier: Classifier) -> str:
-        """Which number is the score."""
-        own = stored(classifier.model.config).get("output", "logit")
-        if self.output == "probability" and classifier.labels == 1 and own == "logit":
-            raise ValueError(
-                f"`output='probability'`: the reward model {self.name!r} has one output, which is a score and no "
-                "probability. Use `output='logit'`."
-            )
-        return self.output or own
+        return Classifier(network, self.tokenizer.pad_token_id)
 
     def to(self, device: torch.device) -> None:
         """Goes where the policy is, unless it was told where to stay.
@@ -271,18 +270,14 @@ class RewardModel(StoredReward):
 
     def _scores(self, logits: Tensor) -> Tensor:
         assert self.classifier is not None
-        number, config = self.classifier.label_number(self.label), self.classifier.model.config
-        if self._output(self.classifier) == "logit":
-            return (logits[:, number] - stored(config).get("mean", 0.0)) / stored(config).get("std", 1.0)
-        is_single = self.classifier.labels == 1 or config.problem_type == "multi_label_classification"
+        number, export = self.classifier.label_number(self.label), self.classifier.stored
+        if (self.output or export.get("output", "logit")) == "logit":
+            return (logits[:, number] - export.get("mean", 0.0)) / export.get("std", 1.0)
+        problem = self.classifier.model.config.problem_type
+        is_single = self.classifier.labels == 1 or problem == "multi_label_classification"
         return (logits.sigmoid() if is_single else logits.softmax(1))[:, number]
 
     def _move(self, device: torch.device) -> None:
         assert self.classifier is not None
         if self.classifier.device != device:
             self.classifier.model.to(device)
-
-    def _own_name(self) -> str:
-        if self.spec.is_named:
-            return PurePath(os.fspath(self.spec.model)).name
-        return type(self.spec.model).__name__
