@@ -6,7 +6,9 @@ import csv
 import gzip
 import json
 import os
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,9 @@ def located(source: Any, argument: str, text_key: str) -> Iterator[tuple[str, Ro
     """Rows as dicts, in the order given, each with the words for where it is from.
 
     Args:
-        source: The path of a file: CSV with a header, Parquet, or else a JSON object a line (perhaps ``.gz``); or
-            anything whose items are dicts, strings or lists of chat messages, such as a list or a data set of
-            Hugging Face.
+        source: The path of a file: CSV with a header, Parquet, SQLite as ``lightning-rlhf
+            collect`` writes it, or else a JSON object a line (perhaps ``.gz``); or anything whose items are dicts,
+            strings or lists of chat messages, such as a list or a data set of Hugging Face.
         argument: What the user calls the source, for errors.
         text_key: The key that an item which is no dict stands for.
 
@@ -74,9 +76,8 @@ def _read_file(path: Path, argument: str) -> Iterator[tuple[str, Any]]:
     name = f"`{argument}={str(path)!r}`"
     if not path.is_file():
         raise FileNotFoundError(f"{name}: there is no such file (looked in {Path.cwd()}).")
-    readers: dict[str, Callable[[Path, str], Iterator[tuple[int, Any]]]] = {".csv": _csv, ".parquet": _parquet}
-    unit = "row" if path.suffix == ".parquet" else "line"
-    for number, item in readers.get(path.suffix, _jsonl)(path, name):
+    unit, reader = _READERS.get(path.suffix, ("line", _jsonl))
+    for number, item in reader(path, name):
         yield f"{name}: {unit} {number}", item
 
 
@@ -116,3 +117,22 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[int, Row]]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} is no Parquet: {error}") from error
     yield from enumerate(rows)
+
+
+def _sqlite(path: Path, name: str) -> Iterator[tuple[int, Row]]:
+    """Reads a table, or view, of rows as JSON; a server may be writing to the file."""
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)) as connection:
+            rows = connection.execute("SELECT id, row FROM preferences").fetchall()
+    except sqlite3.Error as error:
+        raise ValueError(f"{name} is no database of `lightning-rlhf collect`: {error}.") from error
+    for number, row in rows:
+        yield number, json.loads(row)
+
+
+_READERS: dict[str, tuple[str, Callable[[Path, str], Iterator[tuple[int, Any]]]]] = {
+    ".csv": ("line", _csv),
+    ".parquet": ("row", _parquet),
+    ".sqlite": ("answer", _sqlite),
+}
+"""By a file's suffix what its parts are called, and what reads them."""

@@ -27,7 +27,8 @@ class PreferenceDataModule(RLHFDataModule):
             ``margin`` or ``tie``; with ``chosen`` and ``rejected`` alone, as transcripts or chat messages, whose common
             beginning is the prompt; with ``prompt``, ``responses`` and ``ranks`` or ``scores``; or with ``info``,
             ``summaries`` and ``choice``. Other keys are metadata. Or the path of a JSONL, CSV or Parquet file of these,
-            or a data set or stream of Hugging Face. May be left out where nothing is trained.
+            or of the SQLite file of ``lightning-rlhf collect``, or a data set or stream of Hugging Face. May be left
+            out where nothing is trained.
         validation: Rows of the same forms, for validation while training and for ``Trainer.validate``.
         test: Rows for ``Trainer.test``.
         predict: Rows for ``Trainer.predict``.
