@@ -222,6 +222,13 @@ def learns(name: str, strategy: str, folder: Path) -> dict[str, Any]:
     return fit(ALGORITHMS[name](), data, strategy)
 
 
+def in_double_precision(strategy: str, folder: Path) -> dict[str, Any]:
+    """Gradients that grow so fast that rounding to single precision shows after three updates, in the third digit."""
+    module = online(PPOModule, t5(layers=3), num_value_layers_unfrozen=1)
+    data = PromptDataModule(PROMPTS, batch_size=per_process(8, strategy), seed=3)
+    return fit(module, data, strategy, precision="64-true")
+
+
 ppo = functools.partial(learns, "ppo")
 ppo_hydra = functools.partial(learns, "ppo_hydra")
 ppo_loss = functools.partial(learns, "ppo_loss")
@@ -879,7 +886,7 @@ OF_TWO = [
 """Cases that only processes together have."""
 
 ONLY = {
-    "ddp": ["added_up", "eight_bit"],
+    "ddp": ["added_up", "eight_bit", "in_double_precision"],
     "rlhf_fsdp2": [
         "gathered",
         "in_step",

@@ -179,6 +179,15 @@ def test_gradients_are_added_up_on_each_process_and_exchanged_once(two):
     assert first[1] == second[1]
 
 
+@pytest.mark.invariant(30, 37)
+@pytest.mark.parametrize("strategy", ["ddp"], indirect=True)
+def test_what_rounding_alone_sets_apart_is_the_same_in_double_precision(two, tmp_path):
+    alone = cases.in_double_precision("auto", tmp_path)
+    for result in both(two, "in_double_precision"):
+        assert result["norms"] == pytest.approx(alone["norms"], rel=1e-10)
+        torch.testing.assert_close(result["weights"], alone["weights"], rtol=0, atol=1e-11)
+
+
 @pytest.mark.invariant(36)
 @pytest.mark.parametrize(
     "name", ["resumed", "resumed_whole", "resumed_grpo", "resumed_lora", "resumed_critic", "resumed_t5"]
