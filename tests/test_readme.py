@@ -51,7 +51,8 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatc
     from lightning_rlhf.cli import main
 
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^    lightning-rlhf (.+)$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    section = README.read_text(encoding="utf-8").split("## From the command line")[1].split("\n## ")[0]
+    commands = re.findall(r"^    lightning-rlhf (.+)$", section, flags=re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
         main([*command.split(), *(f"--trainer.{limit}" for limit in LIMITS)])
