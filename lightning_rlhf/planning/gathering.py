@@ -13,8 +13,8 @@ BLOCKS_AT_ONCE = 3
 """Blocks that are gathered at a time: the one that runs, the next one, and the buffer that this one is copied from."""
 
 
-def whole(network: Network, placement: Placement) -> int:
-    """All weights of a network, as they are held while it writes.
+def while_writing(network: Network, placement: Placement) -> int:
+    """What is whole while a network writes: all of it, or what a pass needs where each token gathers that.
 
     Args:
         network: That is sharded or not.
@@ -23,6 +23,8 @@ def whole(network: Network, placement: Placement) -> int:
     Returns:
         Bytes beside the parts; 0 where nothing is sharded.
     """
+    if not placement.holds_weights:
+        return while_running([network], placement)
     return _weights(network.parameters, placement) if placement.is_sharded else 0
 
 

@@ -29,6 +29,7 @@ class Placement:
         precision: As Lightning writes it, such as ``"bf16-mixed"``.
         is_gpu: Whether the devices are GPUs.
         accumulates: Batches of an automatic optimizer step.
+        holds_weights: Whether a sharded policy is whole on every device while it writes.
     """
 
     devices: int = 1
@@ -36,6 +37,7 @@ class Placement:
     precision: str = "32-true"
     is_gpu: bool = True
     accumulates: int = 1
+    holds_weights: bool = True
 
     @classmethod
     def of(cls, trainer: Mapping[str, Any], devices: int | None = None) -> Placement:
@@ -64,7 +66,8 @@ class Placement:
                 f"`trainer.strategy={_name(trainer.get('strategy'))!r}`: use {' or '.join(map(repr, known))}."
             )
         is_gpu = trainer.get("accelerator") not in ("cpu",)
-        return cls(devices, spread, precision, is_gpu, int(trainer.get("accumulate_grad_batches") or 1))
+        accumulates = int(trainer.get("accumulate_grad_batches") or 1)
+        return cls(devices, spread, precision, is_gpu, accumulates, _holds_weights(trainer.get("strategy")))
 
     @property
     def is_sharded(self) -> bool:
@@ -165,6 +168,13 @@ def _spread(strategy: Any, devices: int) -> Spread:
     if name in ("auto", "SingleDeviceStrategy"):
         return "one" if devices == 1 else "ddp"
     raise ValueError(f"`trainer.strategy={name!r}` cannot be planned: use 'auto', 'ddp' or {NAME!r}.")
+
+
+def _holds_weights(strategy: Any) -> bool:
+    """Whether a strategy gathers the policy for a whole rollout, which is what it does unless it is told."""
+    if not hasattr(strategy, "get"):
+        return bool(getattr(strategy, "hold_weights", True))
+    return bool((strategy.get("init_args") or {}).get("hold_weights", True))
 
 
 def _name(strategy: Any) -> str:
