@@ -256,6 +256,13 @@ ENCODER_DECODERS: dict[str, Callable[..., PretrainedConfig]] = {
 }
 """Tiny encoder-decoders with the same ids; what is written begins behind `<pad>` or `<eos>`."""
 
+ENCODERS: dict[str, Callable[..., PretrainedConfig]] = {
+    "bert": _config("Bert", **_NEW),
+    "roberta": _config("Roberta", **{**_NEW, "max_position_embeddings": POSITIONS + PAD + 1}),  # its first is PAD + 1
+    "modernbert": _config("ModernBert", **_NEW, cls_token_id=0),
+}
+"""Tiny encoders with the same ids."""
+
 WIDE: dict[str, Callable[[], PretrainedConfig]] = {
     "gpt2": lambda: tiny_gpt2(width=64),
     "gpt_neox": lambda: ARCHITECTURES["gpt_neox"](hidden_size=64, intermediate_size=128),

@@ -49,7 +49,6 @@ class Sorting:
         generator = np.random.default_rng(seed)
         words = ["".join(word) for length in LENGTHS for word in permutations(LETTERS, length)]
         words = [words[i] for i in generator.permutation(len(words))]
-        self.seed = seed
         self.held_out = words[:HELD_OUT]
         self.prompts = words[HELD_OUT + DEMONSTRATIONS :]
         self.demonstrations = [

@@ -11,8 +11,15 @@ from typing import Any
 
 from lightning_rlhf.data.formats import Row, is_chat
 
-KEYS = ("prompt", "chosen", "rejected", "margin", "tie", "responses", "ranks", "scores", "info", "summaries", "choice")
-"""What a row's keys may be called; any other is metadata."""
+PAIR: tuple[str, ...] = ("prompt", "chosen", "rejected")
+RANKING: tuple[str, ...] = ("prompt", "responses", "ranks", "scores")
+SUMMARIES: tuple[str, ...] = ("info", "summaries", "choice")
+"""What each of the forms of a row reads, beside what any may have; any other key is metadata."""
+
+ANY = ("margin", "tie")
+
+KEYS = tuple(dict.fromkeys((*PAIR, *ANY, *RANKING, *SUMMARIES)))
+"""What a row's keys may be called."""
 
 ASSISTANT = "\n\nAssistant:"
 """What a turn of the assistant begins with in a transcript."""
@@ -65,12 +72,12 @@ def comparison(row: Row, place: str, columns: Mapping[str, str]) -> Comparison:
         ValueError: If it is none of these, with place, field and value.
     """
     fields = _Fields(row, place, columns)
-    if "responses" in fields.known:
-        prompt, responses, ranks = _ranking(fields)
-    elif fields.has("summaries", "choice", "info"):
-        prompt, responses, ranks = _summaries(fields)
+    if fields.has("responses"):
+        form, (prompt, responses, ranks) = RANKING, _ranking(fields)
+    elif fields.has(*SUMMARIES):
+        form, (prompt, responses, ranks) = SUMMARIES, _summaries(fields)
     elif fields.has("chosen", "rejected"):
-        prompt, responses, ranks = _pair(fields)
+        form, (prompt, responses, ranks) = PAIR, _pair(fields)
     else:
         raise ValueError(
             f"{place} has the keys {sorted(map(str, row))}: it needs 'prompt', 'chosen' and 'rejected'; 'prompt', "
@@ -81,7 +88,9 @@ def comparison(row: Row, place: str, columns: Mapping[str, str]) -> Comparison:
         raise fields.wrong("margin", "must not be negative: it says how much better the first response is")
     if margin and (len(ranks) > 2 or ranks[0] == ranks[1]):
         raise fields.wrong("margin", "needs two responses of which one is better: leave it out")
-    return Comparison(prompt, tuple(responses), tuple(ranks), margin, fields.others, place)
+    if fields.flag("tie") and len(set(ranks)) > 1:
+        raise fields.wrong("tie", "says that neither is better, and the row that one is: leave it out")
+    return Comparison(prompt, tuple(responses), tuple(ranks), margin, fields.but(*form, *ANY), place)
 
 
 class _Fields:
@@ -90,13 +99,16 @@ class _Fields:
     def __init__(self, row: Row, place: str, columns: Mapping[str, str]) -> None:
         self.place = place
         self.columns = columns
-        given = {key: value for key, value in row.items() if value is not None}
+        self.given = {key: value for key, value in row.items() if value is not None}
         names = {key: columns.get(key, key) for key in KEYS}
-        self.known = {key: given[name] for key, name in names.items() if name in given}
-        self.others = {str(key): value for key, value in given.items() if key not in names.values()}
+        self.known = {key: self.given[name] for key, name in names.items() if name in self.given}
 
     def has(self, *keys: str) -> bool:
         return set(keys) <= self.known.keys()
+
+    def but(self, *keys: str) -> Row:
+        names = [self.columns.get(key, key) for key in keys]
+        return {str(name): value for name, value in self.given.items() if name not in names}
 
     def wrong(self, key: str, must: str, value: Any = None) -> ValueError:
         shown = repr(self.known.get(key) if value is None else value)

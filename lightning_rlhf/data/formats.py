@@ -104,4 +104,8 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[int, Row]]:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise ImportError(f"{name} is read by pyarrow: `pip install lightning-rlhf[parquet]`.") from error
-    yield from enumerate(parquet.read_table(path).to_pylist())
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} is no Parquet: {error}") from error
+    yield from enumerate(rows)

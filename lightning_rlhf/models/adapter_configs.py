@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,6 +19,12 @@ if TYPE_CHECKING:
     AdapterLike: TypeAlias = PeftConfig | Mapping[str, Any] | str | os.PathLike[str] | None
 else:
     AdapterLike = Any
+
+_UPSTREAM = (
+    "fan_in_fan_out is set to False but the target module is `Conv1D`",  # which PEFT then mends by itself
+    "`is_gradient_checkpointing` is deprecated",  # between PEFT and transformers
+)
+"""Warnings of PEFT that say nothing to whoever trains."""
 
 
 def adapter_config(adapter: AdapterLike, has_encoder: bool = False) -> PeftConfig:
@@ -145,3 +153,22 @@ def has_adapter_only(folder: str) -> bool:
         The answer.
     """
     return (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file()
+
+
+@contextmanager
+def reading(adapter: Any) -> Iterator[None]:
+    """Leaves out what PEFT says to itself, and makes an error of weights that are missing.
+
+    Args:
+        adapter: What is read, for the error.
+    """
+    with warnings.catch_warnings():
+        for message in _UPSTREAM:
+            warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            yield
+        except (UserWarning, RuntimeError) as error:
+            if "missing adapter keys" not in str(error) and "size mismatch" not in str(error):
+                raise
+            raise ValueError(f"`adapter={str(adapter)!r}` is not of this model: {str(error).strip()[:300]}") from error

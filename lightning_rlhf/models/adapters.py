@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_rlhf.models.adapter_configs import AdapterLike, adapter_config, beginning_at_nothing, changes_model
+from lightning_rlhf.models.adapter_configs import (
+    AdapterLike,
+    adapter_config,
+    beginning_at_nothing,
+    changes_model,
+    reading,
+)
 from lightning_rlhf.models.export import plain_model
 
 if TYPE_CHECKING:
@@ -20,12 +25,6 @@ if TYPE_CHECKING:
 
 TRAINED, REFERENCE, VALUE = "default", "reference", "value_adapter"
 """What PEFT knows the policy's adapter by, a frozen one beside it, and one that learns to say values."""
-
-_UPSTREAM = (
-    "fan_in_fan_out is set to False but the target module is `Conv1D`",  # which PEFT then mends by itself
-    "`is_gradient_checkpointing` is deprecated",  # between PEFT and transformers
-)
-"""Warnings of PEFT that say nothing to whoever trains."""
 
 
 class Adapters:
@@ -40,6 +39,7 @@ class Adapters:
 
     Attributes:
         was_trained: Whether it was trained before.
+        on: Name of the one that is on; None for the model alone.
         updates: That were made with a rank that is being reduced (AdaLoRA).
     """
 
@@ -54,12 +54,13 @@ class Adapters:
         own = {id(parameter) for parameter in model.parameters()}
         self.model = model
         self.was_trained = isinstance(adapter, str | os.PathLike)
-        with _reading(adapter):
+        with reading(adapter):
             if isinstance(adapter, str | os.PathLike):
                 name = os.fspath(adapter)
                 self.peft = PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu", **more)
             else:
                 self.peft = get_peft_model(model, config)
+        self.on: str | None = TRAINED
         self.updates = 0
         self._check(own)
 
@@ -101,19 +102,28 @@ class Adapters:
         Args:
             name: Of the adapter; None for the model alone.
         """
+        before = self.on
+        self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def repeated(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts of a pass that begins now and of its repetition, which is to be made with the same adapter on."""
+        return nullcontext(), self.using(self.on)
+
+    def _switch(self, name: str | None) -> None:
+        if name == self.on:
+            return
         with self._same_flags():
             if name is None:
                 self.peft.base_model.disable_adapter_layers()
             else:
-                self.peft.set_adapter(name)
-        try:
-            yield
-        finally:
-            with self._same_flags():
-                if name is None:
+                if self.on is None:
                     self.peft.base_model.enable_adapter_layers()
-                else:
-                    self.peft.set_adapter(TRAINED)
+                self.peft.set_adapter(name)
+        self.on = name
 
     @contextmanager
     def _same_flags(self) -> Iterator[None]:
@@ -128,7 +138,7 @@ class Adapters:
     def keep(self) -> None:
         """Puts a frozen copy of the adapter, as it is now, beside it."""
         state = self.state()
-        with self._same_flags(), _reading(None):
+        with self._same_flags(), reading(None):
             self.peft.add_adapter(REFERENCE, beginning_at_nothing(self.config, inference_mode=True))
             self._load(self.peft, state, REFERENCE)
             self.peft.set_adapter(TRAINED)
@@ -156,7 +166,7 @@ class Adapters:
             raise ValueError(
                 f"`critic.adapter.bias={bias!r}` trains biases of the model, which the policy has too: set 'none'."
             )
-        with self._same_flags(), _reading(adapter):
+        with self._same_flags(), reading(adapter):
             if isinstance(adapter, str | os.PathLike):
                 self.peft.load_adapter(os.fspath(adapter), name, is_trainable=trains, torch_device="cpu")
             else:
@@ -262,7 +272,7 @@ class Adapters:
 
         second = plain_model(self.model, self.model.state_dict() if weights is None else weights)
         state = self.state(weights)
-        with _reading(None):
+        with reading(None):
             peft = get_peft_model(second, beginning_at_nothing(self.config))
             self._load(peft, state, TRAINED)
         return peft.merge_and_unload()
@@ -278,22 +288,3 @@ class Adapters:
 def _prefixed(weights: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
     """A model's weights under the names that they have in PEFT's wrapper."""
     return None if weights is None else {f"base_model.model.{name}": weight for name, weight in weights.items()}
-
-
-@contextmanager
-def _reading(adapter: Any) -> Iterator[None]:
-    """Leaves out what PEFT says to itself, and makes an error of weights that are missing.
-
-    Args:
-        adapter: What is read, for the error.
-    """
-    with warnings.catch_warnings():
-        for message in _UPSTREAM:
-            warnings.filterwarnings("ignore", message=message)
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        try:
-            yield
-        except (UserWarning, RuntimeError) as error:
-            if "missing adapter keys" not in str(error) and "size mismatch" not in str(error):
-                raise
-            raise ValueError(f"`adapter={str(adapter)!r}` is not of this model: {str(error).strip()[:300]}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -28,7 +29,56 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class ValueBranch(nn.Module):
+class SharedValues(nn.Module, ABC):
+    """What says values with a pass of its own through a policy's modules.
+
+    Args:
+        value_head: Reads the states that the pass ends in.
+    """
+
+    def __init__(self, value_head: nn.Module) -> None:
+        super().__init__()
+        self.value_head = value_head
+
+    def listening(self, decoder: Decoder, reading: Reading) -> AbstractContextManager[list[Tensor]]:
+        """Listens for what the pass begins with, while the policy reads.
+
+        Args:
+            decoder: The policy's.
+            reading: What it reads.
+
+        Returns:
+            A context with a list, which then holds it; here nothing that the policy makes of the tokens is of use.
+        """
+        return nullcontext([])
+
+    def forward(self, decoder: Decoder, reading: Reading, heard: list[Tensor]) -> Float[Tensor, ...]:
+        """Values, once the policy has read.
+
+        Args:
+            decoder: The policy's.
+            reading: What it has read.
+            heard: From :meth:`listening`.
+
+        Returns:
+            In the shape of the reading's targets.
+        """
+        return self.alone(decoder, reading)
+
+    @abstractmethod
+    def alone(self, decoder: Decoder, reading: Reading) -> Float[Tensor, ...]:
+        """Values, from the tokens on, or from what frozen blocks made of them.
+
+        Args:
+            decoder: The policy's.
+            reading: What is to be read.
+
+        Returns:
+            In the shape of the reading's targets.
+        """
+
+
+class ValueBranch(SharedValues):
     """Copies of a policy's top blocks and of what comes after them, which train and end in a value head.
 
     They read what the policy's own blocks in their places read, as in trlX; so gradients flow on into whatever trains
@@ -46,7 +96,7 @@ class ValueBranch(nn.Module):
     """
 
     def __init__(self, decoder: Decoder, trunk: Trunk, model: PreTrainedModel, value_head: nn.Module) -> None:
-        super().__init__()
+        super().__init__(value_head)
         assert decoder.blocks is not None
         self.trunk = trunk
         head = model.get_output_embeddings()
@@ -60,7 +110,6 @@ class ValueBranch(nn.Module):
         for parameter in self.copies.parameters():
             if id(parameter) not in policys:
                 parameter.requires_grad_(parameter.is_floating_point())
-        self.value_head = value_head
 
     @classmethod
     def of(cls, decoder: Decoder, num_layers: int, value_head: nn.Module, recomputes: bool = False) -> ValueBranch:
@@ -90,14 +139,9 @@ class ValueBranch(nn.Module):
 
     @contextmanager
     def listening(self, decoder: Decoder, reading: Reading) -> Iterator[list[Tensor]]:
-        """Listens for what the branch begins with, while the policy reads.
+        """Listens for what the policy's lower blocks make of the tokens.
 
-        Args:
-            decoder: The policy's.
-            reading: What it reads; what an encoder makes of the prompts is then part of it, and made once.
-
-        Yields:
-            A list, which then holds it.
+        What an encoder makes of the prompts is then part of the reading, and made once.
         """
         source = reading.source
         if isinstance(decoder, EncoderDecoder) and source is not None and source.states is None:
@@ -106,81 +150,24 @@ class ValueBranch(nn.Module):
             yield heard
 
     def forward(self, decoder: Decoder, reading: Reading, heard: list[Tensor]) -> Float[Tensor, ...]:
-        """Values, behind what the policy's lower blocks made of the tokens.
-
-        Args:
-            decoder: The policy's.
-            reading: What it has read.
-            heard: From :meth:`listening`.
-
-        Returns:
-            In the shape of the reading's targets.
-        """
+        """Values, behind what the policy's lower blocks made of the tokens."""
         with self.trunk.replaced(decoder.model, heard[-1]):
             return self.alone(decoder, replace(reading, trunk=None))
 
     def alone(self, decoder: Decoder, reading: Reading) -> Float[Tensor, ...]:
-        """Values, from the tokens on.
-
-        Args:
-            decoder: The policy's.
-            reading: What is to be read.
-
-        Returns:
-            In the shape of the reading's targets.
-        """
+        """Values, from the tokens on."""
         with swapped(decoder.model, dict(zip(self.names, self.copies, strict=True))):
             return self.value_head(head_states(decoder, reading))
 
 
-class ValueAdapter(nn.Module):
+class ValueAdapter(SharedValues):
     """A second adapter in the policy's layers, beside the policy's own, and a value head behind it.
 
     The model's own weights are held once. The adapter's weights lie in the policy's layers.
-
-    Args:
-        value_head: Reads the last states while the adapter is on.
     """
 
-    def __init__(self, value_head: nn.Module) -> None:
-        super().__init__()
-        self.value_head = value_head
-
-    def listening(self, decoder: Decoder, reading: Reading) -> AbstractContextManager[list[Tensor]]:
-        """Nothing that the policy makes of the tokens is of use.
-
-        Args:
-            decoder: The policy's.
-            reading: What it reads.
-
-        Returns:
-            A context.
-        """
-        return nullcontext([])
-
-    def forward(self, decoder: Decoder, reading: Reading, heard: list[Tensor]) -> Float[Tensor, ...]:
-        """Values, in a pass of their own.
-
-        Args:
-            decoder: The policy's.
-            reading: What it has read.
-            heard: Nothing.
-
-        Returns:
-            In the shape of the reading's targets.
-        """
-        return self.alone(decoder, reading)
-
     def alone(self, decoder: Decoder, reading: Reading) -> Float[Tensor, ...]:
-        """Values, from the tokens on, or from what frozen blocks made of them.
-
-        Args:
-            decoder: The policy's.
-            reading: What is to be read.
-
-        Returns:
-            In the shape of the reading's targets.
-        """
+        """Values, with the adapter on."""
         assert decoder.adapters is not None
         with decoder.adapters.using(VALUE):
             return self.value_head(head_states(decoder, reading))

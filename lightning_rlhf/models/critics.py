@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_rlhf.models.classifier import load_classifier
 from lightning_rlhf.models.decoder import Decoder
+from lightning_rlhf.models.headed import HeadedModel
 from lightning_rlhf.models.loading import ModelSpec, check_folder
 from lightning_rlhf.models.reading import Responses
+from lightning_rlhf.models.scorer_loading import stored
 from lightning_rlhf.models.states import head_states, placed
 
 if TYPE_CHECKING:
@@ -77,7 +80,8 @@ def critic_network(spec: ModelSpec, begins_with_score: bool) -> tuple[PreTrained
         begins_with_score: Whether a value head is to begin with a classifier's.
 
     Returns:
-        A language model, and the classifier's head if it was asked for and there is one.
+        A language model, and the classifier's head if it was asked for and there is one; it says what the classifier's
+        export does, whose mean is 0 and whose deviation is 1.
 
     Raises:
         ValueError: If a classifier reads its score in another way than a value head does.
@@ -86,7 +90,7 @@ def critic_network(spec: ModelSpec, begins_with_score: bool) -> tuple[PreTrained
         return spec.load(), None
     classifier = _classifier(spec)
     score = score_of(classifier, begins_with_score)
-    return _language_model(classifier), score
+    return _language_model(classifier), None if score is None else _normalized(score, stored(classifier.config))
 
 
 def score_of(classifier: Any, begins_with_score: bool) -> nn.Linear | None:
@@ -116,8 +120,18 @@ def score_of(classifier: Any, begins_with_score: bool) -> nn.Linear | None:
     return score if begins_with_score else None
 
 
+@torch.no_grad()
+def _normalized(score: nn.Linear, how: dict[str, Any]) -> nn.Linear:
+    """A head that takes off what a reward model's export is read with, so that values are scores."""
+    mean, std = how.get("mean", 0.0), how.get("std", 1.0)
+    normalized = nn.Linear(score.in_features, 1, dtype=score.weight.dtype, device=score.weight.device)
+    normalized.weight.copy_(score.weight / std)
+    normalized.bias.copy_(((0.0 if score.bias is None else score.bias) - mean) / std)
+    return normalized
+
+
 def is_classifier(spec: ModelSpec) -> bool:
-    """Whether a model is a sequence classifier, and no language model.
+    """Whether a model is a sequence classifier or a backbone with a head that scores, and no language model.
 
     Args:
         spec: Of the model.
@@ -128,8 +142,13 @@ def is_classifier(spec: ModelSpec) -> bool:
     from transformers import PreTrainedModel
 
     if spec.is_named:
-        architectures = () if spec.gguf_file else _config(spec).architectures or ()
-        return any("SequenceClassification" in name for name in architectures)
+        if spec.gguf_file:
+            return False
+        config = _config(spec)
+        is_named_so = any("SequenceClassification" in name for name in config.architectures or ())
+        return is_named_so or bool(stored(config).get("head"))
+    if isinstance(spec.model, HeadedModel):
+        return True
     return isinstance(spec.model, PreTrainedModel) and "SequenceClassification" in type(spec.model).__name__
 
 

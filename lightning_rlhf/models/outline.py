@@ -17,8 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_rlhf.models.adapter_configs import adapter_config, beginning_at_nothing
 from lightning_rlhf.models.adapters import Adapters
+from lightning_rlhf.models.headed import HeadedModel
 from lightning_rlhf.models.loading import ModelSpec, _auto_class, check_folder
 from lightning_rlhf.models.quantization import quantization_config, quantized_bytes
+from lightning_rlhf.models.scorer_loading import stored
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -41,7 +43,7 @@ def outlined(spec: ModelSpec, argument: str = "policy") -> PreTrainedModel:
     return _from_config(_auto_class(config), config, spec)
 
 
-def outlined_classifier(spec: ModelSpec, argument: str = "reward") -> PreTrainedModel:
+def outlined_classifier(spec: ModelSpec, argument: str = "reward") -> PreTrainedModel | HeadedModel:
     """A sequence classifier without weights.
 
     Args:
@@ -54,9 +56,12 @@ def outlined_classifier(spec: ModelSpec, argument: str = "reward") -> PreTrained
     Raises:
         ValueError: If its config cannot be read.
     """
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModel, AutoModelForSequenceClassification
 
-    return _from_config(AutoModelForSequenceClassification, config_of(spec, argument), spec)
+    config = config_of(spec, argument)
+    if stored(config).get("head"):
+        return HeadedModel(config, _from_config(AutoModel, config, spec)).eval()
+    return _from_config(AutoModelForSequenceClassification, config, spec)
 
 
 def config_of(spec: ModelSpec, argument: str = "policy") -> PretrainedConfig:

@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lightning_rlhf.batches import Rollouts
-from lightning_rlhf.models.branches import ValueAdapter, ValueBranch
+from lightning_rlhf.models.branches import SharedValues
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.passes import in_pieces
 from lightning_rlhf.models.reading import Responses
+from lightning_rlhf.models.room import check_room
 from lightning_rlhf.models.states import head_states, placed
 
 
@@ -82,7 +83,7 @@ class Policy(nn.Module):
         decoder: Decoder,
         temperature: float = 1.0,
         value_head: nn.Module | None = None,
-        value_branch: ValueBranch | ValueAdapter | None = None,
+        value_branch: SharedValues | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -156,16 +157,7 @@ class Policy(nn.Module):
         Raises:
             ValueError: If prompt and response together would be more than the model has positions.
         """
-        room, length = self.decoder.prompt_room(max_new_tokens), prompt_mask.shape[1]
-        if room is not None and length > room:
-            i = int(prompt_mask.sum(1).argmax())
-            too_long = f"is more than the {room} that the policy's encoder reads"
-            if not self.decoder.has_encoder:
-                positions = self.decoder.max_positions
-                too_long = f"with `max_new_tokens={max_new_tokens}` is more than the policy's {positions} positions"
-            raise ValueError(
-                f"`prompts`: number {i} of the batch has {length} tokens, which {too_long}: shorten it or leave it out."
-            )
+        check_room(self.decoder, prompt_mask, max_new_tokens, "policy")
 
     @torch.no_grad()
     def begin(

@@ -110,8 +110,9 @@ def _from_name(name: str, spec: ModelSpec) -> Any:
     config = AutoConfig.from_pretrained(name, **source)
     was_trained = any("ForSequenceClassification" in found for found in config.architectures or ())
     if was_trained and config.num_labels != 1:
+        shown = name if spec.is_named else type(spec.model).__name__  # which lies in a folder that is about to go
         raise ValueError(
-            f"`model={name!r}` is a classifier of {config.num_labels} labels, and a reward model has one output: pass "
+            f"`model={shown!r}` is a classifier of {config.num_labels} labels, and a reward model has one output: pass "
             "the model that it was made from."
         )
     config.num_labels = 1

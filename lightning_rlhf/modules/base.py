@@ -125,7 +125,6 @@ class RLHFModule(BuiltModule):
 
     def build(self) -> None:
         """Makes the policy, under a random state that depends on the seed alone."""
-        self._dropout = []
         decoder = self.load_decoder(self.spec)
         if is_quantized(decoder.model) and decoder.adapters is None and self.spec.num_layers_unfrozen != 0:
             raise ValueError(

@@ -114,6 +114,7 @@ class BuiltModule(SavedModule):
         return self.policy.decoder.prompt_room(0)
 
     def _build(self) -> None:
+        self._dropout = []  # of a network that may have been built before, and that no other process can take
         with isolate_rng():
             torch.manual_seed(derived_seed(self.seed, "build"))
             self.build()

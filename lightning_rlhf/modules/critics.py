@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from lightning_rlhf.batches import Rollouts
+from lightning_rlhf.batches import PromptBatch, Rollouts
 from lightning_rlhf.models.adapter_configs import AdapterLike
 from lightning_rlhf.models.adapters import VALUE, Adapters
 from lightning_rlhf.models.branches import ValueAdapter, ValueBranch
@@ -20,6 +20,8 @@ from lightning_rlhf.models.loading import ModelLike, ModelSpec
 from lightning_rlhf.models.passes import in_pieces
 from lightning_rlhf.models.policy import PolicyOutput
 from lightning_rlhf.models.probing import state_scale
+from lightning_rlhf.models.recomputation import recompute_activations
+from lightning_rlhf.models.room import check_room
 from lightning_rlhf.modules.online import OnlineModule
 
 
@@ -81,6 +83,12 @@ class ActorCriticModule(OnlineModule):
         return [*super().specs, *([] if self.critic_spec is None else [self.critic_spec])]
 
     @property
+    def saved_specs(self) -> dict[str, ModelSpec]:
+        """With the critic's, where it is a model of its own."""
+        own = {} if self.critic is None or self.critic_spec is None else {"critic": self.critic_spec}
+        return {**super().saved_specs, **own}
+
+    @property
     def sampler_keeps_values(self) -> bool:
         """Whether values are read off the policy's own last states, so that the sampler has them."""
         return self.num_value_layers_unfrozen == 0 and self.critic_spec is None
@@ -120,7 +128,7 @@ class ActorCriticModule(OnlineModule):
             Whether it could.
 
         Raises:
-            ValueError: If policy and critic ask different things of the one model.
+            ValueError: If policy and critic ask of the one model what it cannot do for both.
         """
         spec = self.critic_spec
         if (
@@ -135,7 +143,17 @@ class ActorCriticModule(OnlineModule):
                 f"`critic.gradient_checkpointing={spec.gradient_checkpointing}`: policy and critic have one model, and "
                 f"the policy's says {self.spec.gradient_checkpointing}. Set both alike."
             )
-        return adapters.add(spec.adapter if adapter is None else adapter, VALUE, trains=True)
+        if not adapters.add(spec.adapter if adapter is None else adapter, VALUE, trains=True):
+            return False
+        if spec.gradient_checkpointing:
+            if self.compile_options is not False:
+                raise ValueError(
+                    f"`compile={self.compile_options!r}` does not go with `gradient_checkpointing` where policy and "
+                    "critic are two adapters of one model: compiled blocks would run again with the wrong one. Leave "
+                    "out one of them."
+                )
+            recompute_activations(adapters.model, adapters)
+        return True
 
     def _own_model(self) -> Critic:
         spec = self.critic_spec
@@ -178,6 +196,12 @@ class ActorCriticModule(OnlineModule):
 
     # --- values -------------------------------------------------------------------------------------------------
 
+    def rollout(self, prompts: PromptBatch) -> Rollouts:
+        """To prompts that the critic too has room for."""
+        if self.critic is not None:
+            check_room(self.critic.decoder, prompts.prompt_mask, self.sampling.max_new_tokens, "critic")
+        return super().rollout(prompts)
+
     def add_values(self, rollouts: Rollouts, with_final_values: bool) -> None:
         """Reads finished rollouts for their values, where the sampler could not keep them.
 
@@ -196,7 +220,7 @@ class ActorCriticModule(OnlineModule):
         longer = self.read_by(read, rollouts.with_next_token())
         ends = rollouts.response_mask.sum(1, keepdim=True)
         rollouts.values = longer[:, : rollouts.response_mask.shape[1]].masked_fill(~rollouts.response_mask, 0.0)
-        rollouts.final_values = longer.gather(1, ends).squeeze(1) * rollouts.truncated
+        rollouts.final_values = longer.gather(1, ends).squeeze(1)  # 0 where nothing was cut off, as in all padding
 
     def values(self, batch: Rollouts, output: PolicyOutput) -> Tensor:
         """Values as they are now.

@@ -67,7 +67,7 @@ class CalibrationError(Metric):
         logits = logits.detach().double()
         confidence = logits.abs().sigmoid()
         numbers = torch.stack([torch.ones_like(logits), confidence, 0.5 * logits.sign() + 0.5], dim=1)
-        number = (confidence * len(self.bins)).ceil().long().clamp(max=len(self.bins)) - 1
+        number = (confidence * len(self.bins)).ceil().long().clamp(1, len(self.bins)) - 1  # of NaN too
         self.bins = self.bins.index_add(0, number, numbers)
 
     def compute(self) -> Tensor:

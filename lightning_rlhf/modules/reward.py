@@ -20,6 +20,7 @@ from lightning_rlhf.models.loading import ModelLike
 from lightning_rlhf.modules.evaluation import expect
 from lightning_rlhf.modules.meter import Statistic
 from lightning_rlhf.modules.preference_metrics import PreferenceMetrics
+from lightning_rlhf.modules.ranks import agree
 from lightning_rlhf.modules.report import Report
 from lightning_rlhf.modules.scored import ScoringModule
 
@@ -97,19 +98,16 @@ class RewardModule(ScoringModule):
             (batch,).
 
         Raises:
-            ValueError: If there is a tie, and no threshold.
+            ValueError: If there is a tie, and no threshold; on all processes, which without one is a collective.
         """
         is_there = batch.is_there
         is_pair = is_there.sum(1) == 2
         difference = scores[:, 0] - scores[:, 1]
         terms = bradley_terry(difference, batch.margins.to(scores) + self.tie_threshold, self.label_smoothing)
         is_tie = is_pair & (batch.ranks[:, 0] == batch.ranks[:, 1])
-        if bool(is_tie.any()):
-            if self.tie_threshold == 0.0:
-                raise ValueError(
-                    f"`tie_threshold={self.tie_threshold}` says that no two responses tie, and {int(is_tie.sum())} of "
-                    "this batch do: set it, to 0.5 for instance, or leave ties out of the data."
-                )
+        if self.tie_threshold == 0.0:
+            self._refuse_ties(int(is_tie.sum()))
+        elif bool(is_tie.any()):
             terms = torch.where(is_tie, rao_kupper_tie(difference, self.tie_threshold), terms)
         if not bool(is_pair.all()):
             ranked = (1.0 - self.label_smoothing) * plackett_luce(scores, batch.ranks, is_there)
@@ -119,6 +117,16 @@ class RewardModule(ScoringModule):
         if self.center_coef:
             terms = terms + self.center_coef * squared_sum(scores, is_there)
         return terms
+
+    def _refuse_ties(self, ties: int) -> None:
+        """Raises on all processes if one of them sees ties, so that none waits for another; a collective."""
+        error = None
+        if ties:
+            error = ValueError(
+                f"`tie_threshold={self.tie_threshold}` says that no two responses tie, and {ties} of this batch do: "
+                "set it, to 0.5 for instance, or leave ties out of the data."
+            )
+        agree(error, "the loss", 0, self.device)
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ class SavedModule(EvaluatedModule):
     def __init__(self) -> None:
         super().__init__()
         self._dropout: DropoutValues = []
-        self._frozen: str | None = None  # fingerprint of weights that no checkpoint holds
+        self._frozen: dict[str, str] = {}  # fingerprints of weights that no checkpoint holds, by network
         self._expected: dict[str, Any] = {}  # what a checkpoint said
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ class SavedModule(EvaluatedModule):
             checkpoint[STATE]["adapter"] = adapters.state_dict()
         left_out = self._left_out
         if left_out:
-            self._frozen = self._frozen or self._fingerprint()
+            self._frozen = self._frozen or self._fingerprints()
             checkpoint[STATE]["frozen"] = self._frozen
             # Folders of shards are read whole or not at all.
             if not isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -74,25 +74,39 @@ class SavedModule(EvaluatedModule):
         """Makes sure of the weights that the checkpoint did not hold, once they are of the type that is used."""
         expected = self._expected.pop("frozen", None)
         if expected is not None:
-            self._frozen = self._fingerprint()
-            if self._frozen != expected:
-                raise ValueError(
-                    f"`{self.network_argument}={self.spec.model!r}` is not the model that `ckpt_path` was trained on: "
-                    "its frozen weights differ. Resume with the model that the run began with."
-                )
+            self._frozen = self._fingerprints()
+            for network, spec in self.saved_specs.items():
+                if self._frozen.get(network) != expected.get(network):
+                    argument = self.network_argument if network == "policy" else network
+                    raise ValueError(
+                        f"`{argument}={spec.model!r}` is not the model that `ckpt_path` was trained on: its frozen "
+                        "weights differ. Resume with the model that the run began with."
+                    )
+
+    @property
+    def saved_specs(self) -> dict[str, ModelSpec]:
+        """From which the networks are loaded whose weights checkpoints hold, by the name of the network."""
+        return {"policy": self.spec}
 
     @property
     def _left_out(self) -> set[str]:
         """What checkpoints do not hold: a frozen model's own weights, where its name is enough to have them again."""
-        is_frozen = self.spec.adapter is not None or self.spec.quantization is not None
-        if not (is_frozen and self.spec.is_named):
-            return set()
+        prefixes = tuple(
+            f"{network}.decoder.model."
+            for network, spec in self.saved_specs.items()
+            if spec.is_named and (spec.adapter is not None or spec.quantization is not None)
+        )
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return {name for name in self.state_dict() if name.startswith("policy.decoder.model.") and name not in trained}
+        return {name for name in self.state_dict() if name.startswith(prefixes) and name not in trained}
 
-    def _fingerprint(self) -> str:
-        left_out = self._left_out
-        return fingerprint({name: weight for name, weight in self.state_dict().items() if name in left_out})
+    def _fingerprints(self) -> dict[str, str]:
+        left_out, state = self._left_out, self.state_dict()
+        fingerprints = {}
+        for network in self.saved_specs:  # in an order that is the same on all processes
+            weights = {name: state[name] for name in state if name in left_out and name.startswith(f"{network}.")}
+            if weights:
+                fingerprints[network] = fingerprint(weights)
+        return fingerprints
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's, but for weights that no checkpoint holds, which are here already."""

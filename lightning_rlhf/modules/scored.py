@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lightning_rlhf.batches import PreferenceBatch
 from lightning_rlhf.data.preferences import preference_batch
-from lightning_rlhf.models.compiling import compile_blocks
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.freezing import freeze_weights
 from lightning_rlhf.models.headed import HeadedModel
@@ -23,7 +22,6 @@ from lightning_rlhf.models.scorer_loading import STORED, load_scorer
 from lightning_rlhf.models.texts import end_id, prompt_ids, response_ids
 from lightning_rlhf.models.vocabulary import SpecialTokens, fit_embeddings, with_own_pad
 from lightning_rlhf.modules.offline import OfflineModule
-from lightning_rlhf.modules.optimization import parameter_groups
 from lightning_rlhf.modules.resuming import STATE
 
 
@@ -87,9 +85,8 @@ class ScoringModule(OfflineModule):
         freeze_weights(scorer, self.spec.num_layers_unfrozen)
         for parameter in scorer.head_parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        if self.compile_options is not False:
-            compile_blocks(scorer, **({} if self.compile_options is True else self.compile_options))
         self.policy = ScoringNetwork(scorer).train()
+        self.compile_policy()
         self.special_tokens = SpecialTokens((end_id(self.tokenizer),), scorer.pad)
 
     @property
@@ -98,11 +95,10 @@ class ScoringModule(OfflineModule):
         limits = (super().max_prompt_tokens, self.tokenizer.model_max_length)
         return min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """What trains, as the optimizer gets it: the head, and the rest of the model."""
+    def parts(self) -> dict[str, nn.Module]:
+        """What the optimizer tells apart: the head, and the rest of the model."""
         scorer = self.policy.decoder
-        parts = {"head": nn.ParameterList(scorer.head_parameters()), "model": scorer}
-        return parameter_groups(parts, self.learning_rates, self.decay_norms_and_biases)
+        return {"head": nn.ParameterList(scorer.head_parameters()), "model": scorer}
 
     # --- scores ---------------------------------------------------------------------------------------------------
 
@@ -119,7 +115,7 @@ class ScoringModule(OfflineModule):
             A number each.
 
         Raises:
-            ValueError: If these are no lists of one length.
+            ValueError: If these are no lists of one length, or a text is longer than what the model has room for.
         """
         if isinstance(prompts, str) or isinstance(responses, str) or len(prompts) != len(responses):
             raise ValueError(
@@ -132,9 +128,20 @@ class ScoringModule(OfflineModule):
             rows = slice(start, start + batch_size)
             prompt = [prompt_ids(prompt, self.tokenizer) for prompt in prompts[rows]]
             response = [[response_ids(response, self.tokenizer)] for response in responses[rows]]
+            self._check_room(start, [len(p) + len(r) for p, (r,) in zip(prompt, response, strict=True)])
             batch = preference_batch(prompt, response, self.special_tokens.pad).to(self.device)
-            scores += self.normalized(self._quietly(batch))[:, 0].tolist()
+            with self.quiet():
+                scores += self.normalized(self.policy(batch))[:, 0].tolist()
         return scores
+
+    def _check_room(self, start: int, lengths: list[int]) -> None:
+        limit = self.max_prompt_tokens
+        if limit is not None and max(lengths) > limit:
+            number = start + lengths.index(max(lengths))
+            raise ValueError(
+                f"`prompts[{number}]` and `responses[{number}]` have {max(lengths)} tokens together, and the model has "
+                f"room for {limit}: shorten them."
+            )
 
     def normalized(self, scores: Tensor) -> Tensor:
         """Scores as the export gives them.
@@ -146,15 +153,6 @@ class ScoringModule(OfflineModule):
             With mean 0 and standard deviation 1 on the reference set.
         """
         return (scores - self.mean) / self.std
-
-    def _quietly(self, batch: PreferenceBatch) -> Tensor:
-        """Scores without dropout."""
-        was_training = self.policy.training
-        self.policy.eval()
-        try:
-            return self.policy(batch)
-        finally:
-            self.policy.train(was_training)
 
     def generate(self, *args: Any, **kwargs: Any) -> list[str]:
         """Refused: nothing is written here."""
@@ -208,5 +206,7 @@ class ScoringModule(OfflineModule):
     @torch.no_grad()
     def _tell_distance(self, scorer: Scorer, merged: Any) -> None:
         tokens, mask = scorer.sample()
-        distance = Scorer(merged, scorer.pad).whole(tokens.cpu(), mask.cpu()) - scorer.whole(tokens, mask).cpu()
+        with self.quiet():  # the model has its original dropout while it is saved
+            score = scorer.whole(tokens, mask).cpu()
+        distance = Scorer(merged, scorer.pad).whole(tokens.cpu(), mask.cpu()) - score
         rank_zero_info(f"The merged model scores a few tokens {float(distance):.2g} from the quantised one.")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -82,11 +82,16 @@ class TextModule(Remembering, L.LightningModule, ABC):
         holds = getattr(getattr(self._trainer, "strategy", None), "hold_weights", True)
         goes_on = bool if holds else partial(any_over_ranks, device=prompt_tokens.device)
         loop = DecodeLoop(self.policy, sampling, self.special_tokens, stopping, with_final_values, trunk_bytes, goes_on)
+        with self.quiet(), held(self.policy) if holds else nullcontext(), self._eager():
+            return loop(prompt_tokens, prompt_mask, uniforms, group_size)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """The policy without dropout for a while."""
         was_training = self.policy.training
         self.policy.eval()
         try:
-            with held(self.policy) if holds else nullcontext(), self._eager():
-                return loop(prompt_tokens, prompt_mask, uniforms, group_size)
+            yield
         finally:
             self.policy.train(was_training)
 

@@ -139,11 +139,11 @@ def outline(
     for weight in weights.values():
         weight.requires_grad_(id(weight) not in rounded)
     adapters = adapted(model, spec)
+    if spec.gradient_checkpointing:
+        recompute_activations(model)
     if beside is not None:
         with torch.device("meta"):
             beside(adapters)
-    if spec.gradient_checkpointing:
-        recompute_activations(model)
     fuse_activations(model)
     if without_dropout:
         disable_dropout(model)

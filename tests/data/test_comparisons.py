@@ -33,6 +33,7 @@ def read(row, **columns):
         ({"prompt": "a", "responses": ["b", "c", "d"], "ranks": [5, 1, 5]}, ("a", ("c", "b", "d"), (0, 1, 1), 0.0)),
         ({"prompt": "a", "responses": ["b", "c"], "scores": [0.1, 7]}, ("a", ("c", "b"), (0, 1), 0.0)),
         ({"prompt": "a", "responses": ["b", "c"], "scores": [3, 3]}, ("a", ("b", "c"), (0, 0), 0.0)),
+        ({"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1], "tie": True}, ("a", ("b", "c"), (0, 0), 0.0)),
         ({"prompt": "a", "responses": '["b", "c"]', "scores": "[1, 2]"}, ("a", ("c", "b"), (0, 1), 0.0)),
     ],
 )
@@ -89,6 +90,21 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 
 
 @pytest.mark.parametrize(
+    ("row", "metadata"),
+    [
+        ({**PAIR, "info": "x", "scores": [1, 2], "tie": False}, {"info": "x", "scores": [1, 2]}),
+        (
+            {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2], "choice": 3, "chosen": "b"},
+            {"choice": 3, "chosen": "b"},
+        ),
+        ({"info": {"post": "a"}, "summaries": ["b", "c"], "choice": 0, "prompt": "p", "margin": 0.0}, {"prompt": "p"}),
+    ],
+)
+def test_what_another_form_would_read_is_metadata(row, metadata):
+    assert comparison(row, "", {}).metadata == metadata
+
+
+@pytest.mark.parametrize(
     ("row", "complaint"),
     [
         ({"prompt": "a"}, "has the keys ['prompt']: it needs 'prompt', 'chosen' and 'rejected'"),
@@ -105,7 +121,19 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ({**PAIR, "margin": float("inf")}, "`margin=inf` must be a finite number"),
         ({**PAIR, "margin": -1}, "`margin=-1` must not be negative"),
         ({**PAIR, "margin": 1, "tie": True}, "`margin=1` needs two responses of which one is better"),
+        (
+            {"prompt": "a", "responses": ["b", "c", "d"], "ranks": [1, 2, 3], "margin": 1},
+            "`margin=1` needs two responses of which one is better",
+        ),
         ({**PAIR, "tie": "perhaps"}, "`tie='perhaps'` must be true or false"),
+        (
+            {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2], "tie": True},
+            "`tie=True` says that neither is better",
+        ),
+        (
+            {"info": {"post": "a"}, "summaries": ["b", "c"], "choice": 0, "tie": "true"},
+            "`tie='true'` says that neither is better, and the row that one is: leave it out",
+        ),
         ({"chosen": [USER, ANSWER], "rejected": [ANSWER, OTHER]}, "must begin as `chosen` does"),
         ({"chosen": [ANSWER, USER], "rejected": [ANSWER, USER]}, "must end with a message of the assistant"),
         ({"chosen": [ANSWER], "rejected": [OTHER]}, "`rows[3]` has no `prompt`: give one"),
@@ -233,6 +261,13 @@ def test_parquet_says_what_reads_it_where_that_is_not_there(tmp_path, monkeypatc
     with pytest.raises(
         ImportError, match=r"`preferences=.*` is read by pyarrow: `pip install lightning-rlhf\[parquet\]`"
     ):
+        located_rows(path, "preferences", "prompt")
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"`preferences=.*pairs.parquet'` is no Parquet: "):
         located_rows(path, "preferences", "prompt")
 
 

@@ -80,6 +80,21 @@ def test_a_row_that_is_too_long_is_an_error_that_names_it(tmp_path):
         batch(path, max_response_length=3)
 
 
+def test_where_an_encoder_reads_the_prompt_either_part_has_room_of_its_own():
+    def read(prompt, response):
+        data = PreferenceDataModule(ROWS[:1])
+        data.tokenizer, data.has_encoder = word_tokenizer(), True
+        data.max_tokens, data.max_response_tokens = prompt, response
+        (whole,) = data.train_dataloader()
+        return whole
+
+    assert read(2, 3).response_mask.sum((1, 2)).tolist() == [5]
+    with pytest.raises(ValueError, match=r"`preferences\[0\]` has a prompt of 2 tokens, and 1 may be"):
+        read(1, 3)
+    with pytest.raises(ValueError, match=r"`preferences\[0\]` has a response of 3 tokens, and 2 may be"):
+        read(2, 2)
+
+
 def test_longer_rows_are_left_out_where_that_is_asked_for_and_counted():
     data = PreferenceDataModule(
         [*ROWS, {"prompt": "a a a a", "chosen": "b", "rejected": "c"}],
@@ -100,12 +115,13 @@ def test_where_nothing_is_left_that_is_an_error():
 
 def test_what_is_measured_on_lies_the_longest_first_and_what_is_predicted_as_given():
     rows = [{"prompt": "a", "chosen": " ".join("b" * n), "rejected": "c"} for n in (1, 3, 2)]
-    data = PreferenceDataModule(validation=rows, predict=rows, batch_size=3)
+    rows.insert(1, {"prompt": "a a a a", "chosen": "b", "rejected": "c"})
+    data = PreferenceDataModule(validation=rows, predict=rows, batch_size=4)
     data.tokenizer = word_tokenizer()
     (measured,) = data.val_dataloader()
     (predicted,) = data.predict_dataloader()
-    assert measured.response_mask.sum((1, 2)).tolist() == [6, 5, 4]
-    assert predicted.response_mask.sum((1, 2)).tolist() == [4, 6, 5]
+    assert measured.response_mask.sum((1, 2)).tolist() == [4, 6, 5, 4]
+    assert predicted.response_mask.sum((1, 2)).tolist() == [4, 4, 6, 5]
 
 
 @pytest.mark.parametrize(

@@ -421,6 +421,22 @@ def failing_beside(strategy: str, folder: Path) -> str:
     return "nothing"
 
 
+def failing_ties(strategy: str, folder: Path) -> list[str]:
+    """What is said where, while learning and measuring, of a tie that the second process alone sees."""
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    rows = [pair, {**pair, "tie": True}]
+    said = []
+    for arguments in ({"preferences": rows}, {"validation": rows}):
+        module = MeasuredReward(tiny_gpt2(LETTERS), tokenizer=word_tokenizer(LETTERS), optimizer=sgd, seed=8)
+        trainer = trainer_of(strategy, max_epochs=1)
+        data = PreferenceDataModule(**arguments, batch_size=1, shuffle=False)
+        try:
+            (trainer.fit if data.rows else trainer.validate)(module, datamodule=data)
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
 def eight_bit(strategy: str, folder: Path) -> dict[str, Any]:
     """Three iterations under 8-bit Adam."""
     optimizer = functools.partial(bnb.optim.AdamW8bit, lr=1e-3, min_8bit_size=64)
@@ -750,6 +766,7 @@ OF_TWO = [
     "failing_not_a_number",
     "failing_raises",
     "failing_beside",
+    "failing_ties",
 ]
 """Cases that only processes together have."""
 

@@ -266,6 +266,14 @@ def test_a_reward_that_fails_beside_a_reward_model_stops_both(two):
     assert "failed on rank 1: RuntimeError: `reward` 'judge' raised KeyError" in first
 
 
+def test_a_tie_that_one_process_alone_sees_and_cannot_learn_from_stops_both(two):
+    first, second = two["failing_ties"]
+    complaint = "ValueError: `tie_threshold=0.0` says that no two responses tie, and 1 of this batch do"
+    assert len(first) == len(second) == 2
+    assert all(said.startswith(complaint) for said in second)
+    assert all(said.startswith(f"RuntimeError: the loss failed on rank 1: {complaint}") for said in first)
+
+
 @pytest.mark.invariant(37, 40)
 def test_two_processes_measure_and_answer_every_row_once(two, tmp_path):
     alone = cases.evaluated("auto", tmp_path)

@@ -36,10 +36,12 @@ def test_a_pair_with_a_margin_by_hand() -> None:
 
 
 @pytest.mark.invariant(33)
-def test_label_smoothing_is_the_mean_of_both_ways_round() -> None:
+@pytest.mark.parametrize("margin", [0.0, 0.7])
+def test_label_smoothing_is_the_mean_of_both_ways_round(margin: float) -> None:
     differences = torch.randn(20, dtype=torch.float64)
-    expected = [-0.9 * math.log(1 / (1 + math.exp(-d))) - 0.1 * math.log(1 / (1 + math.exp(d))) for d in differences]
-    assert bradley_terry(differences, label_smoothing=0.1).tolist() == pytest.approx(expected, rel=1e-12)
+    ways = [[1 / (1 + math.exp(margin - d)), 1 / (1 + math.exp(margin + d))] for d in differences.tolist()]
+    expected = [-0.9 * math.log(win) - 0.1 * math.log(lose) for win, lose in ways]
+    assert bradley_terry(differences, margin, label_smoothing=0.1).tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_large_difference_neither_overflows_nor_loses_its_gradient() -> None:
@@ -141,9 +143,9 @@ def test_centring_is_the_square_of_the_sum() -> None:
 
 
 def test_pairs_are_all_those_of_which_one_is_better() -> None:
-    scores = torch.tensor([[5.0, 3.0, 2.0], [7.0, 4.0, 9.0], [1.0, 1.0, 0.0]])
-    ranks = torch.tensor([[0, 1, 2], [0, 1, 9], [0, 0, 1]])
-    mask = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
+    scores = torch.tensor([[5.0, 3.0, 2.0], [7.0, 4.0, 9.0], [1.0, 1.0, 0.0], [8.0, 6.0, 2.0]])
+    ranks = torch.tensor([[0, 1, 2], [0, 1, 9], [0, 0, 1], [0, 1, 2]])
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, True, True], [False, True, True]])
     differences, rows = ordered_pairs(scores, ranks, mask)
     found = sorted(zip(rows.tolist(), differences.tolist(), strict=True))
-    assert found == [(0, 1.0), (0, 2.0), (0, 3.0), (1, 3.0), (2, 1.0), (2, 1.0)]
+    assert found == [(0, 1.0), (0, 2.0), (0, 3.0), (1, 3.0), (2, 1.0), (2, 1.0), (3, 4.0)]

@@ -8,15 +8,26 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
-from lightning_rlhf import ModelSpec
+from lightning_rlhf import ModelSpec, RewardModel, RewardModule
 from lightning_rlhf.models.branches import ValueBranch
-from lightning_rlhf.models.critics import Critic, critic_network
+from lightning_rlhf.models.critics import Critic, critic_network, is_classifier
 from lightning_rlhf.models.encoder_decoder import decoder_of
 from lightning_rlhf.models.freezing import freeze, keep_frozen_blocks
 from lightning_rlhf.models.heads import LinearValueHead, ValueHead
+from lightning_rlhf.models.outline import outlined_classifier
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.probing import probe
-from tests.networks import ARCHITECTURES, ENCODER_DECODERS, deep, network, random_rows, tiny_gpt2, written
+from tests.networks import (
+    ARCHITECTURES,
+    ENCODER_DECODERS,
+    EOS,
+    deep,
+    network,
+    random_rows,
+    tiny_gpt2,
+    word_tokenizer,
+    written,
+)
 
 PROMPTS, RESPONSES = random_rows([5, 2, 5, 3], seed=1), random_rows([4, 6, 1, 3], seed=2)
 
@@ -172,6 +183,35 @@ def test_a_critic_that_was_a_classifier_gives_its_score_at_the_last_token(name, 
     critic(rollouts).sum().backward()
     without = [name for name, p in critic.named_parameters() if p.grad is None]
     assert not without  # or processes under DDP would wait for them
+
+
+@pytest.mark.invariant(17)
+@pytest.mark.filterwarnings("ignore:Mamba.* cannot be")
+@pytest.mark.parametrize("name", ["gpt2", "mamba"])  # of which transformers has a classifier, and has none
+def test_a_critic_that_was_a_reward_model_s_export_gives_its_score(name, tmp_path):
+    torch.manual_seed(0)
+    teacher = RewardModule(ARCHITECTURES[name](), tokenizer=word_tokenizer())
+    teacher.configure_model()
+    for parameter in teacher.policy.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    teacher.mean, teacher.std = 3.0, 0.5
+    teacher.save_pretrained(tmp_path)
+    expected = RewardModel(tmp_path)(["a b c"], ["d e"])[0]
+    outline = dict(outlined_classifier(ModelSpec(tmp_path)).named_parameters())
+    assert {n: (p.shape, p.is_meta) for n, p in outline.items()} == {
+        n: (p.shape, True) for n, p in teacher.policy.decoder.model.named_parameters()
+    }
+    rollouts = written([[0, 1, 2]], [[3, 4, EOS]])
+    rollouts.truncated[:] = True
+    for model in (tmp_path, teacher.policy.decoder.model):
+        spec = ModelSpec(model)
+        assert is_classifier(spec)
+        network_, score = critic_network(spec, begins_with_score=True)
+        decoder = decoder_of(network_)
+        probe(decoder)
+        with torch.no_grad():
+            value = Critic(decoder, LinearValueHead(decoder.width, score=score)).eval()(rollouts.with_next_token())
+        assert float(value[0, 3]) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "bart", "gptj"])

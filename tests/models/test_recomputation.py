@@ -16,9 +16,9 @@ from tests.training import fit, module_of
 TRAINS = {"all": {}, "top": {"num_layers_unfrozen": 2}, "adapter": {"adapter": {"peft_type": "LORA", "r": 2}}}
 
 
-def module_on(name, **more):
+def module_on(name, critic=None, **more):
     spec = ModelSpec(network(deep(name)), **more)
-    module = module_of(PPOModule, spec, kl_coef=0.1)
+    module = module_of(PPOModule, spec, critic=critic, kl_coef=0.1)
     module.configure_model()
     return module
 
@@ -34,6 +34,15 @@ class Runs(Counter):
             inner.register_forward_pre_hook(lambda *_, i=i: self.update([i]))
 
 
+def moved(plain, checked):
+    """Lets both have the same weights, in which nothing is 0."""
+    with torch.no_grad():
+        for mine, other in zip(plain.policy.parameters(), checked.policy.parameters(), strict=True):
+            assert torch.equal(mine, other)
+            mine.add_(0.01 * torch.randn_like(mine))
+            other.copy_(mine)
+
+
 def gradients(module):
     module.policy.zero_grad()
     output = module.policy(rollouts())
@@ -46,11 +55,7 @@ def gradients(module):
 def test_blocks_that_train_run_twice_and_give_the_same_gradients(name, trains):
     plain, checked = (module_on(name, gradient_checkpointing=flag, **TRAINS[trains]) for flag in (False, True))
     assert checked.policy.training  # as Lightning finds it, and leaves it
-    with torch.no_grad():
-        for mine, other in zip(plain.policy.parameters(), checked.policy.parameters(), strict=True):
-            assert torch.equal(mine, other)
-            mine.add_(0.01 * torch.randn_like(mine))
-            other.copy_(mine)
+    moved(plain, checked)
     once, twice = Runs(plain.policy.decoder), Runs(checked.policy.decoder)
     expected, got = gradients(plain), gradients(checked)
     assert expected.keys() == got.keys()
@@ -64,6 +69,22 @@ def test_blocks_that_train_run_twice_and_give_the_same_gradients(name, trains):
     checked.generate(["a b"], {"max_new_tokens": 1, "min_new_tokens": 1})
     assert max(twice.values()) <= 3  # one pass to judge, one to write, and at most one for the second token
     assert checked.policy.training
+
+
+@pytest.mark.invariant(13)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_block_runs_again_with_the_adapter_with_which_it_ran(name):
+    plain, checked = (module_on(name, "policy", gradient_checkpointing=flag, **TRAINS["adapter"]) for flag in (0, 1))
+    moved(plain, checked)
+    runs = Runs(checked.policy.decoder)
+    expected, got = gradients(plain), gradients(checked)
+    assert set(runs.values()) == {4}
+    assert expected.keys() == got.keys() == {n for n, p in plain.policy.named_parameters() if p.requires_grad}
+    for key, gradient in expected.items():
+        assert gradient.abs().max() > 1e-5
+        assert_close(got[key], gradient, rtol=1e-6, atol=1e-6)
+    adapters = checked.policy.decoder.adapters
+    assert adapters.on == adapters.peft.active_adapter == "default"
 
 
 @pytest.mark.parametrize("name", [*USUAL, *MORE])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModel, BertConfig, ModernBertConfig, RobertaConfig
+from transformers import AutoModel
 
 from lightning_rlhf import ModelSpec
 from lightning_rlhf.batches import ImitationBatch, PreferenceBatch
@@ -10,22 +10,8 @@ from lightning_rlhf.data.preferences import preference_batch
 from lightning_rlhf.models.headed import HeadedModel
 from lightning_rlhf.models.scorer import Scorer
 from lightning_rlhf.models.scorer_loading import has_classifier, load_scorer
-from tests.networks import ARCHITECTURES, ENCODER_DECODERS, EOS, PAD, USUAL, VOCABULARY, network, random_rows
+from tests.networks import ARCHITECTURES, ENCODER_DECODERS, ENCODERS, EOS, PAD, USUAL, network, random_rows
 
-_BERT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-    "pad_token_id": PAD,
-}
-ENCODERS = {
-    "bert": lambda: BertConfig(**_BERT),
-    "roberta": lambda: RobertaConfig(**{**_BERT, "max_position_embeddings": 100}),
-    "modernbert": lambda: ModernBertConfig(**_BERT, cls_token_id=0, bos_token_id=0, eos_token_id=EOS),
-}
 HEADLESS = ["mamba", "rwkv", "marian", "pegasus"]
 """For which transformers has no sequence classifier."""
 CONFIGS = {**ARCHITECTURES, **ENCODERS, **ENCODER_DECODERS}
@@ -134,8 +120,9 @@ def test_transformers_lacks_the_class_for_those_that_get_a_head_of_ours():
     assert isinstance(model_of("mamba"), HeadedModel)
 
 
-def test_a_model_that_padding_changes_reads_rows_one_by_one():
-    model = model_of("bert")
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_model_that_padding_changes_reads_rows_one_by_one(name):
+    model = model_of(name)
     forward, widths = model.forward, []
 
     def disturbed(input_ids, attention_mask):
@@ -152,8 +139,8 @@ def test_a_model_that_padding_changes_reads_rows_one_by_one():
     widths.clear()
     rows = batch()
     scores = scorer(rows)[rows.is_there]
-    assert all(height == 1 for height, _ in widths)
-    expected = [alone(model_of("bert"), p + r) for p, some in zip(PROMPTS, RESPONSES, strict=True) for r in some]
+    assert [height for height, _ in widths] == [1] * 7
+    expected = [alone(model_of(name), p + r) for p, some in zip(PROMPTS, RESPONSES, strict=True) for r in some]
     assert scores.tolist() == pytest.approx(expected, abs=2e-5)
 
 

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from lightning_rlhf import GRPOModule, ModelSpec, PPOModule, PromptDataModule
+from lightning_rlhf.batches import PromptBatch
 from lightning_rlhf.models.adapter_reference import AdapterReference
 from lightning_rlhf.models.adapters import VALUE
 from lightning_rlhf.models.heads import LinearValueHead
@@ -165,11 +166,12 @@ def arguments_of(kind, folders):
             ModelSpec(folders["gpt2"], adapter=LORA),
             {"critic": ModelSpec(folders["gpt2"], adapter={**LORA, "r": 3})},
         ),
+        "critic_with_adapter": (folders["gpt2"], {"critic": ModelSpec(folders["gpt2"], adapter=LORA)}),
     }[kind]
 
 
 @pytest.mark.invariant(36)
-@pytest.mark.parametrize("kind", ["branch", "critic", "adapter"])
+@pytest.mark.parametrize("kind", ["branch", "critic", "adapter", "critic_with_adapter"])
 def test_a_resumed_run_equals_an_uninterrupted_one(kind, folders, tmp_path):
     policy, more = arguments_of(kind, folders)
     data = {"prompts": PROMPTS, "batch_size": 6, "seed": 5}
@@ -190,6 +192,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind, folders, tmp_path):
         }
     mine, its = parameters(first), parameters(second)
     assert all(torch.equal(mine[name], its[name]) for name in mine)
+
+
+def test_a_checkpoint_does_not_hold_the_frozen_weights_of_a_critic_with_an_adapter(folders, tmp_path):
+    policy, more = arguments_of("critic_with_adapter", folders)
+    module, trainer = ppo(policy, **more), bare_trainer(max_epochs=1)
+    trainer.fit(module, datamodule=PromptDataModule(PROMPTS, batch_size=6))
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    names = set(torch.load(tmp_path / "kept.ckpt", weights_only=True)["state_dict"])
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert {name for name in names if name.startswith("critic.")} == {n for n in trained if n.startswith("critic.")}
+    assert {name for name in module.state_dict() if name.startswith("policy.")} <= names  # which trains whole
+    network(tiny_gpt2(layers=3), seed=9).save_pretrained(tmp_path / "other")
+    word_tokenizer().save_pretrained(tmp_path / "other")
+    second = ppo(policy, critic=ModelSpec(tmp_path / "other", adapter=LORA))
+    with pytest.raises(ValueError, match="`critic=.*other.*is not the model that `ckpt_path` was trained on: its froz"):
+        bare_trainer(max_epochs=2).fit(
+            second, datamodule=PromptDataModule(PROMPTS, batch_size=6), ckpt_path=tmp_path / "kept.ckpt"
+        )
 
 
 def test_the_policy_alone_is_exported(folders, tmp_path):
@@ -345,6 +365,18 @@ def test_a_critic_of_another_vocabulary_is_refused(folders, tmp_path):
     refused("`critic` knows 12 tokens, and the policy's tokenizer 24", other, critic=tiny_gpt2(12))
 
 
+def test_a_prompt_that_is_too_long_for_the_critic_alone_is_refused_whatever_deals_the_prompts(folders):
+    tokens = torch.ones(1, 3, dtype=torch.long)
+    prompts = PromptBatch(prompt_tokens=tokens, prompt_mask=tokens.bool(), prompts=["b b b"])
+    roomy, narrow = (ppo(folders["gpt2"], critic=tiny_gpt2(n_positions=positions)) for positions in (9, 8))
+    for module in (roomy, narrow):
+        module.configure_model()
+    roomy.add_values(roomy.rollout(prompts), with_final_values=True)
+    with pytest.raises(ValueError, match="0 of the batch has 3 tokens.*`max_new_tokens=6`.*than the critic's 8 positi"):
+        narrow.rollout(prompts)
+    assert narrow.max_prompt_tokens == 2
+
+
 def test_critics_that_cannot_be_are_refused(folders):
     refused("`num_value_layers_unfrozen=4`: it is more than the 3", folders["gpt2"], num_value_layers_unfrozen=4)
     spec = ModelSpec(folders["gpt2"], quantization="nf4")
@@ -352,6 +384,8 @@ def test_critics_that_cannot_be_are_refused(folders):
     policy = ModelSpec(folders["gpt2"], adapter=LORA)
     spec = ModelSpec(folders["gpt2"], adapter=LORA, gradient_checkpointing=True)
     refused("`critic.gradient_checkpointing=True`: policy and critic have one model", policy, critic=spec)
+    both = {"policy": spec, "critic": "policy", "compile": True}
+    refused("`compile=True` does not go with `gradient_checkpointing` where policy and critic are two adapters", **both)
     spec = ModelSpec(folders["gpt2"], adapter={**LORA, "bias": "all"})
     refused("`critic.adapter.bias='all'` trains biases of the model", policy, critic=spec)
     ada = {"peft_type": "ADALORA", "target_modules": ["c_attn"], "total_step": 100, "init_r": 4, "target_r": 2}

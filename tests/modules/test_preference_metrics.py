@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torchmetrics.classification import MulticlassCalibrationError
@@ -30,6 +32,18 @@ def test_calibration_error_is_torchmetrics_own_however_it_is_split(num_bins):
     for part in logits.split(999):
         ours.update(part)
     assert float(ours.compute()) == pytest.approx(float(theirs.compute()), abs=1e-6)
+
+
+def test_equal_scores_are_as_sure_of_an_answer_as_they_are_right():
+    error = CalibrationError()
+    error.update(torch.zeros(3))
+    assert float(error.compute()) == 0.0
+
+
+def test_the_calibration_of_what_is_not_a_number_is_none():
+    error = CalibrationError()
+    error.update(torch.tensor([1.0, math.nan]))
+    assert math.isnan(float(error.compute()))
 
 
 def test_groups_are_measured_by_themselves():

@@ -3,16 +3,29 @@
 import copy
 import functools
 import math
+import re
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_rlhf import GRPOModule, ModelSpec, PreferenceDataModule, PromptDataModule, RewardModel, RewardModule
 from lightning_rlhf.models.reference import fingerprint
+from lightning_rlhf.models.scorer import Scorer
 from lightning_rlhf.models.scorer_loading import load_scorer
-from tests.networks import ARCHITECTURES, ENCODER_DECODERS, EOS, PAD, VOCABULARY, network, tiny_gpt2, word_tokenizer
+from lightning_rlhf.modules.preference_metrics import CalibrationError
+from tests.networks import (
+    ARCHITECTURES,
+    ENCODER_DECODERS,
+    ENCODERS,
+    EOS,
+    PAD,
+    VOCABULARY,
+    network,
+    tiny_gpt2,
+    word_tokenizer,
+)
 from tests.training import bare_trainer, weights
 
 PAIRS = [
@@ -27,8 +40,6 @@ PAIRS = [
 WINDOW = 4
 sgd = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 without_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-BERT = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-BERT |= {"intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": PAD}
 
 
 def scored_by(config=None, seed=0):
@@ -134,7 +145,7 @@ def test_it_learns_what_plain_torch_learns_however_batches_are_split(expected, b
 @pytest.mark.invariant(33)
 @pytest.mark.parametrize("name", ["bert", "t5", "mamba"])
 def test_encoders_encoder_decoders_and_models_without_a_class_learn_likewise(name):
-    configs = {"bert": lambda: BertConfig(**BERT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)}
+    configs = {"bert": lambda: ENCODERS["bert"](hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)}
     configs |= {"t5": lambda: ENCODER_DECODERS["t5"](dropout_rate=0.0), "mamba": ARCHITECTURES["mamba"]}
     model = scored_by(configs[name]())
     module = module_of(copy.deepcopy(model))
@@ -215,8 +226,8 @@ def test_an_adapter_and_the_head_train_and_a_whole_model_is_saved(tmp_path):
     check_export(module, tmp_path)
 
 
-def test_a_quantised_base_learns_by_its_adapter_and_head(tmp_path):
-    scored_by(tiny_gpt2(width=64, **without_dropout)).save_pretrained(tmp_path / "base")
+def test_a_quantised_base_learns_by_its_adapter_and_head(tmp_path, caplog):
+    scored_by(tiny_gpt2(width=64, resid_pdrop=0.5)).save_pretrained(tmp_path / "base")
     adapter = {"peft_type": "LORA", "r": 2, "target_modules": ["c_attn"]}
     module = module_of(ModelSpec(tmp_path / "base", quantization="nf4", adapter=adapter))
     watch = fit(module, max_epochs=3)
@@ -225,11 +236,25 @@ def test_a_quantised_base_learns_by_its_adapter_and_head(tmp_path):
     assert module.policy.decoder.head == "score"
     assert model.score.weight.dtype == torch.float32
     assert model.transformer.h[0].mlp.c_fc.weight.dtype == torch.uint8
-    module.save_pretrained(tmp_path / "out")
+    with caplog.at_level("INFO"):
+        module.save_pretrained(tmp_path / "out")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert torch.equal(merged.score.weight, model.score.weight)
+    (said,) = re.findall(r"The merged model scores a few tokens (\S+) from the quantised one", caplog.text)
+    assert abs(float(said)) < 1e-5  # what the model has of dropout while it is saved is no part of it
     with pytest.raises(ValueError, match="`quantization='nf4'` leaves .* nothing to train but its head"):
         module_of(ModelSpec(tmp_path / "base", quantization="nf4")).configure_model()
+
+
+def test_a_network_that_is_built_anew_keeps_nothing_of_the_first():
+    """As where no other process can take it."""
+    module = module_of(tiny_gpt2())
+    for _ in range(2):
+        module._build()
+        owners = {id(owner) for owner, _, _ in module._dropout}
+        model = module.policy.decoder.model
+        assert owners <= {id(part) for part in [*model.modules(), model.config]} != set()
+        assert len(owners) > 5
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -266,6 +291,19 @@ def test_evaluation_by_hand(batch_size):
     assert (module.mean, module.std) == pytest.approx((float(everything.mean()), float(everything.std())), abs=1e-5)
 
 
+@torch.no_grad()
+def test_confidence_in_an_answer_is_that_of_those_who_give_one():
+    """Of three outcomes, a tie being the third."""
+    model, rows, theta = scored_by(), PAIRS[:4], math.exp(1.5)
+    module = module_of(copy.deepcopy(model), tie_threshold=1.5)
+    (found,) = bare_trainer().validate(module, datamodule=PreferenceDataModule(validation=rows), verbose=False)
+    error = CalibrationError()
+    for row in rows:
+        strong, weak = (plain_score(model, row["prompt"], row[side]).exp() for side in ("chosen", "rejected"))
+        error.update((strong / (strong + theta * weak) / (weak / (weak + theta * strong))).log()[None])
+    assert found["val/preference/calibration_error"] == pytest.approx(float(error.compute()), abs=1e-5)
+
+
 def test_scores_are_normalised_over_what_was_validated_and_predictions_too():
     module = module_of(tie_threshold=0.4)
     fit(module, validation=PAIRS[:4], max_epochs=1, num_sanity_val_steps=0)
@@ -279,6 +317,67 @@ def test_scores_are_normalised_over_what_was_validated_and_predictions_too():
     as_they_are = module_of(normalize=False)
     bare_trainer().validate(as_they_are, datamodule=PreferenceDataModule(validation=PAIRS), verbose=False)
     assert (as_they_are.mean, as_they_are.std) == (0.0, 1.0)
+
+
+def test_the_first_validation_set_alone_normalises():
+    module = module_of()
+    bare_trainer().validate(module, datamodule=PreferenceDataModule(validation=PAIRS), verbose=False)
+    found = (module.mean, module.std)
+    assert found != (0.0, 1.0)
+    bare_trainer().test(module, datamodule=PreferenceDataModule(test=PAIRS[:2]), verbose=False)
+    assert (module.mean, module.std) == found
+    several = [PreferenceDataModule(validation=rows) for rows in (PAIRS, PAIRS[:2])]
+    for data in several:
+        data.tokenizer = module.tokenizer
+    bare_trainer().validate(module, dataloaders=[data.val_dataloader() for data in several], verbose=False)
+    assert (module.mean, module.std) == found
+
+
+def test_scores_that_are_all_alike_keep_their_scale():
+    model = scored_by()
+    torch.nn.init.zeros_(model.score.weight)
+    module = module_of(model)
+    bare_trainer().validate(module, datamodule=PreferenceDataModule(validation=PAIRS), verbose=False)
+    assert (module.mean, module.std) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("what", "rows"), [("validate", "validation"), ("test", "test")])
+def test_of_an_evaluation_that_broke_off_nothing_is_counted_in_the_next(what, rows):
+    class BreaksOff(Callback):
+        def on_validation_batch_end(self, *args):
+            raise RuntimeError("enough")
+
+        on_test_batch_end = on_validation_batch_end
+
+    def run(module, callbacks=()):
+        data = PreferenceDataModule(**{rows: PAIRS}, batch_size=2)
+        return getattr(bare_trainer(callbacks=[*callbacks]), what)(module, datamodule=data, verbose=False)
+
+    module = module_of()
+    with pytest.raises(RuntimeError, match="enough"):
+        run(module, [BreaksOff()])
+    assert run(module) == run(module_of())
+
+
+def test_dropout_changes_no_score_in_the_middle_of_training():
+    module = module_of(tiny_gpt2(resid_pdrop=0.5), disable_dropout=False)
+    module.configure_model()
+    assert module.policy.training
+    assert module.score(["a"] * 3, ["b", "b", "b"], batch_size=1) == [module.score(["a"], ["b"])[0]] * 3
+    assert module.policy.training
+
+
+def test_a_row_may_be_as_long_as_the_tokenizer_says():
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = 5
+    with pytest.raises(ValueError, match=r"`preferences\[0\]` has a row of 8 tokens, and 5 may be"):
+        fit(module_of(tokenizer=tokenizer))
+
+
+def test_blocks_that_were_not_found_cannot_be_compiled(monkeypatch):
+    monkeypatch.setattr(Scorer, "find_blocks", lambda self: None)
+    with pytest.raises(ValueError, match="`compile=True`: the blocks of GPT2ForSequenceClassification were not found"):
+        module_of(compile=True).configure_model()
 
 
 # --- what is saved ----------------------------------------------------------------------------------------------------
@@ -302,7 +401,7 @@ def check_export(module, folder, raw=None):
 @pytest.mark.invariant(18)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "bert", "t5", "bart"])
 def test_an_export_is_a_classifier_and_a_reward(tmp_path, name):
-    config = {**ARCHITECTURES, **ENCODER_DECODERS, "bert": lambda: BertConfig(**BERT)}[name]()
+    config = {**ARCHITECTURES, **ENCODER_DECODERS, **ENCODERS}[name]()
     module = module_of(scored_by(config))
     fit(module, max_epochs=1, validation=PAIRS)
     assert module.std != 1.0
@@ -367,6 +466,9 @@ def test_an_export_learns_on_and_a_classifier_of_other_labels_does_not(tmp_path)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "three")
     with pytest.raises(ValueError, match="`model='.*three'` is a classifier of 3 labels, and a reward model has one"):
         module_of(tmp_path / "three").configure_model()
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "three")
+    with pytest.raises(ValueError, match="`model='GPT2ForSequenceClassification'` is a classifier of 3 labels"):
+        module_of(classifier).configure_model()
 
 
 def test_dropout_is_off_and_saved_as_it_was(tmp_path):
@@ -449,6 +551,12 @@ def test_ties_need_a_threshold():
         fit(module_of(tie_threshold=0.0), max_epochs=1)
 
 
+def test_a_ranking_may_have_two_best_responses_without_a_threshold():
+    batch = batch_of([{"prompt": "a", "responses": ["b", "c", "d"], "ranks": [1, 1, 2]}])
+    scores = torch.tensor([[2.0, 3.0, 1.0]]).log()
+    assert float(module_of(tie_threshold=0.0).loss(scores, batch).exp()) == pytest.approx(1 / (2 / 6 * 3 / 6 * 1))
+
+
 def test_a_group_that_the_data_lacks_is_named():
     module = module_of(group_by="book")
     data = PreferenceDataModule(validation=[{**PAIRS[0], "page": 3}])
@@ -459,6 +567,13 @@ def test_a_group_that_the_data_lacks_is_named():
 def test_texts_must_be_as_many_as_prompts():
     with pytest.raises(ValueError, match=r"`prompts` \(2\) and `responses` \(1\) must be lists of one length"):
         module_of().score(["a", "b"], ["c"])
+
+
+def test_a_text_that_is_too_long_to_be_scored_is_named():
+    module = module_of()
+    module.score(["a"], [" ".join("b" * 62)])
+    with pytest.raises(ValueError, match=r"`prompts\[2\]` and `responses\[2\]` have 65 tokens together.* room for 64"):
+        module.score(["a"] * 3, ["b", "c", " ".join("b" * 63)], batch_size=2)
 
 
 def test_the_loss_of_a_large_difference_is_exact():

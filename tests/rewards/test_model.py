@@ -7,18 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    RobertaConfig,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_rlhf import GRPOModule, ModelSpec, PPOModule, PromptDataModule, RewardModel
 from lightning_rlhf.rewards.combine import CombinedReward
 from tests.networks import (
     ARCHITECTURES,
     ENCODER_DECODERS,
+    ENCODERS,
     EOS,
     PAD,
     USUAL,
@@ -29,22 +25,7 @@ from tests.networks import (
 )
 from tests.training import Seen, bare_trainer, fit, module_of
 
-_BERT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 40,
-    "pad_token_id": PAD,
-    "eos_token_id": EOS,
-}
-ENCODERS = {
-    "bert": functools.partial(BertConfig, **_BERT),
-    "roberta": functools.partial(RobertaConfig, **_BERT),
-    "t5": ENCODER_DECODERS["t5"],
-    "bart": ENCODER_DECODERS["bart"],
-}
+READERS = {name: {**ENCODERS, **ENCODER_DECODERS}[name] for name in ("bert", "roberta", "t5", "bart")}
 RESPONSES = ["b c", "d", "e f g h i j k", "", "l m a"]
 PROMPTS = ["a", "b c d e", "f", "g h", "i"]
 
@@ -110,9 +91,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.invariant(6, 28)
 @pytest.mark.parametrize("batch_tokens", [1, 24, 8192])
-@pytest.mark.parametrize("name", [*USUAL, *ENCODERS])
+@pytest.mark.parametrize("name", [*USUAL, *READERS])
 def test_a_score_is_that_of_the_text_alone_whatever_it_is_scored_beside(name, batch_tokens):
-    model = classifier({**ARCHITECTURES, **ENCODERS}[name]())
+    model = classifier({**ARCHITECTURES, **READERS}[name]())
     expected = [float(alone(model, [*ids_of(text), EOS])) for text in texts()]
     assert max(expected) - min(expected) > 0.05
     with warnings.catch_warnings():
@@ -344,13 +325,13 @@ def test_texts_of_alike_length_go_together_within_the_budget():
     ],
 )
 def test_the_blocks_of_a_classifier_are_found(name, blocks):
-    model = RewardModel(classifier({**ARCHITECTURES, **ENCODERS}[name]()), tokenizer=word_tokenizer())
+    model = RewardModel(classifier({**ARCHITECTURES, **READERS}[name]()), tokenizer=word_tokenizer())
     assert model.load().blocks == (f"{blocks}.0", f"{blocks}.1")
 
 
 @pytest.mark.parametrize(("name", "sides"), [("t5", "block"), ("bart", "layers")])
 def test_the_blocks_of_both_halves_are_found(name, sides):
-    blocks = RewardModel(classifier(ENCODERS[name]()), tokenizer=word_tokenizer()).load().blocks
+    blocks = RewardModel(classifier(READERS[name]()), tokenizer=word_tokenizer()).load().blocks
     ends = [block.split(".", 1)[1] for block in blocks]
     assert sorted(ends) == sorted(f"{half}.{sides}.{i}" for half in ("encoder", "decoder") for i in range(2))
 
