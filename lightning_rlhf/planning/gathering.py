@@ -25,7 +25,7 @@ def while_writing(network: Network, placement: Placement) -> int:
     """
     if not placement.holds_weights:
         return while_running([network], placement)
-    return _weights(network.parameters, placement) if placement.is_sharded else 0
+    return whole(network.parameters, placement)
 
 
 def while_running(networks: Sequence[Network], placement: Placement) -> int:
@@ -38,23 +38,22 @@ def while_running(networks: Sequence[Network], placement: Placement) -> int:
     Returns:
         Bytes beside the parts; 0 where nothing is sharded.
     """
-    if not placement.is_sharded:
-        return 0
-    blocks = [_weights(block.parameters(), placement) for network in networks for block in network.blocks]
-    return at_once(sum(left_whole(network, placement) for network in networks), blocks)
+    blocks = [whole(block.parameters(), placement) for network in networks for block in network.blocks]
+    return at_once(sum(whole(network.outside, placement) for network in networks), blocks)
 
 
-def left_whole(network: Network, placement: Placement) -> int:
-    """What stays whole from a pass forward to the next one back: all that lies outside of blocks.
+def whole(parameters: Iterable[nn.Parameter], placement: Placement) -> int:
+    """What parameters take once their parts are put together.
 
     Args:
-        network: That is sharded or not.
+        parameters: Of networks; one that is there twice counts once.
         placement: Of the run.
 
     Returns:
         Bytes beside the parts; 0 where nothing is sharded.
     """
-    return _weights(network.outside, placement) if placement.is_sharded else 0
+    unique = {id(p): p for p in parameters}.values() if placement.is_sharded else ()
+    return sum(p.numel() * placement.exchanged(p.dtype)[0].itemsize for p in unique)
 
 
 def at_once(root: int, blocks: Iterable[int]) -> int:
@@ -92,13 +91,8 @@ def exchanged(networks: Sequence[Network], placement: Placement) -> int:
     return sum(made for made, _ in roots) + max([*(added for _, added in roots), *blocks])
 
 
-def _weights(parameters: Iterable[nn.Parameter], placement: Placement) -> int:
-    unique = {id(p): p for p in parameters}.values()
-    return sum(p.numel() * placement.gathered(p.dtype).itemsize for p in unique)
-
-
 def _gradients(parameters: Iterable[nn.Parameter], placement: Placement) -> tuple[int, int]:
     """Bytes of the gradients, and of these in the type in which they are added up."""
     trained = {id(p): p for p in parameters if p.requires_grad}.values()
-    made = sum(p.numel() * placement.gathered(p.dtype).itemsize for p in trained)
-    return made, sum(p.numel() * placement.reduced(p.dtype).itemsize for p in trained)
+    types = [(p.numel(), *placement.exchanged(p.dtype)) for p in trained]
+    return sum(n * made.itemsize for n, made, _ in types), sum(n * added.itemsize for n, _, added in types)

@@ -16,7 +16,7 @@ from lightning_rlhf.models.blocks import find_stacks
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.freezing import freeze_weights
 from lightning_rlhf.models.loading import check_folder
-from lightning_rlhf.models.outline import outlined_classifier, rounded_weights, runnable
+from lightning_rlhf.models.outline import outlined, rounded_weights, runnable
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.online import OnlineModule
 from lightning_rlhf.modules.scored import ScoringModule
@@ -127,7 +127,7 @@ class Networks:
         """
         for network in (*self.learning, self.reference):
             for parameter in [] if network is None else network.parameters:
-                parameter.data = parameter.data.to(placement.gathered(placement.held(parameter.dtype)))
+                parameter.data = parameter.data.to(placement.exchanged(placement.held(parameter.dtype))[0])
 
 
 def _reference(
@@ -204,8 +204,8 @@ def _classifier(mode: FakeTensorMode, module: OnlineModule, reward: RewardModel,
             f"`quantization={spec.quantization!r}` of the reward model {reward.name!r}: its weights can be neither "
             "sharded nor moved. Leave it out, or pass `RewardModel(..., sharded=False)` and no `offload_frozen=True`."
         )
-    model = outlined_classifier(spec)
-    rounded = rounded_weights(spec, outlined_classifier)
+    model = outlined(spec, "reward", scores=True)
+    rounded = rounded_weights(spec, scores=True)
     sizes = {name: _size(parameter, placement if is_sharded else None) for name, parameter in model.named_parameters()}
     sizes |= {name: _size(buffer) for name, buffer in model.named_buffers()}
     runnable(model, mode)

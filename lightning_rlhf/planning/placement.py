@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_rlhf.strategies.fsdp2 import NAME
 from lightning_rlhf.strategies.sharding import PRECISIONS
@@ -85,27 +86,17 @@ class Placement:
         """
         return _PRECISIONS.get(self.precision, dtype) if dtype.is_floating_point else dtype
 
-    def gathered(self, dtype: torch.dtype) -> torch.dtype:
-        """In what type a weight is that the parts are put together to.
+    def exchanged(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        """In what types devices put together what each has a part of.
 
         Args:
             dtype: Of the parts.
 
         Returns:
-            The type.
+            That of whole weights, in which their gradients are made, and that in which all devices add these up.
         """
-        return PRECISIONS[self.precision].param_dtype or dtype if self.is_sharded else dtype
-
-    def reduced(self, dtype: torch.dtype) -> torch.dtype:
-        """In what type gradients are added up over devices.
-
-        Args:
-            dtype: Of the gradients.
-
-        Returns:
-            The type.
-        """
-        return PRECISIONS[self.precision].reduce_dtype or dtype if self.is_sharded else dtype
+        policy = PRECISIONS[self.precision] if self.is_sharded else MixedPrecisionPolicy()
+        return policy.param_dtype or dtype, policy.reduce_dtype or dtype
 
     def autocast(self) -> AbstractContextManager[Any]:
         """As Lightning lets a mixed precision compute."""

@@ -144,7 +144,7 @@ def _gathered_in_scoring(networks: Networks, placement: Placement) -> dict[str, 
     """
     valuing, policy = networks.critic or networks.policy, networks.policy
     reads = networks.critic is not None or isinstance(policy.value, ValueBranch | ValueAdapter)
-    left = gathering.left_whole(valuing, placement) if reads else 0
+    left = gathering.whole(valuing.outside, placement) if reads else 0
     running = {
         VALUE: gathering.while_running([valuing], placement),
         REFERENCE: gathering.while_running([networks.reference or policy], placement) + left,
