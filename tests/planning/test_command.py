@@ -111,6 +111,12 @@ def test_an_offline_module_is_planned_too(capsys):
     assert "generate" not in out
 
 
+def test_an_optimizer_of_bitsandbytes_is_read_as_fit_reads_it(capsys):
+    optimizer = json.dumps({"class_path": "bitsandbytes.optim.AdamW8bit", "init_args": {"lr": 0.001}})
+    one = ["--trainer.devices", "1", "--trainer.strategy", "auto"]
+    assert "Fits: 0.0 of 80 GiB on the device" in printed(capsys, *one, "--model.optimizer", optimizer)
+
+
 def test_a_datamodule_of_one_s_own_says_how_large_its_batches_are(capsys):
     starts = ["--data", "lightning_rlhf.examples.randomwalks.parts.Starts", "--data.prompts", "7"]
     assert "A rollout: 7 responses to 7 prompts" in printed(capsys, *starts)
