@@ -1,6 +1,7 @@
 """A plan counts what a module holds once it is built, and what its passes and updates hold once they run."""
 
 import functools
+import itertools
 from dataclasses import replace
 
 import bitsandbytes
@@ -221,11 +222,13 @@ def test_rounded_weights_take_what_bitsandbytes_makes_of_them(quantization, tmp_
     assert planned[GRADIENTS] == size(trained)
 
 
-def test_eight_bit_state_is_what_bitsandbytes_makes():
+def test_eight_bit_state_and_a_step_on_a_cpu_are_what_bitsandbytes_makes():
     module = module_of(
         PPOModule, tiny_gpt2(width=64), optimizer=functools.partial(bitsandbytes.optim.AdamW8bit, lr=1e-3)
     )
-    planned = Plan.of(module, ONE, SIZES).bytes[STEP]
+    (planned, at_once), (_, on_gpu) = (
+        standing(module, Networks.of(module, placement), placement) for placement in (ONE, Placement())
+    )
     optimizer = optimizer_of(build(module))
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -234,6 +237,16 @@ def test_eight_bit_state_is_what_bitsandbytes_makes():
     state = [values[name] for values in optimizer.state.values() for name in names if name in values]
     assert planned[OPTIMIZER] == pytest.approx(size(state), rel=0.01)
     assert any(tensor.dtype == torch.uint8 for tensor in state)
+    assert at_once == pytest.approx(allocated(optimizer.step), rel=0.05)
+    assert on_gpu == 0
+
+
+def allocated(run):
+    """The most that something allocates at a time, as torch's profiler sees it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 # --- passes -----------------------------------------------------------------------------------------------------------
