@@ -66,8 +66,8 @@ def optimizer_bytes(module: RLHFModule, networks: Networks, placement: Placement
 class KernelsOfCPU(TorchDispatchMode):
     """Lets bitsandbytes' updates be seen where they are spelt out in PyTorch, which is on a CPU.
 
-    On tensors without numbers an operator of its own stands for a kernel that takes nothing beside its arguments. That of
-    a CPU makes copies of a whole parameter's size.
+    On tensors without numbers an operator of its own stands for a kernel that takes nothing beside its arguments; that
+    of a CPU makes copies as large as a parameter.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
