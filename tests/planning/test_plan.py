@@ -11,9 +11,10 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2ForSeque
 
 from lightning_rlhf import GRPOModule, ModelSpec, PPOModule, RewardModel, RewardModule
 from lightning_rlhf.batches import ImitationBatch
+from lightning_rlhf.generation.sampling import draw
 from lightning_rlhf.models.adapters import VALUE as VALUE_ADAPTER
 from lightning_rlhf.modules.optimization import make_optimizer
-from lightning_rlhf.planning.gathering import while_writing
+from lightning_rlhf.planning.gathering import exchanged, while_writing
 from lightning_rlhf.planning.live import Live
 from lightning_rlhf.planning.networks import Networks
 from lightning_rlhf.planning.paper import ACTIVATIONS, CACHE, GRADIENTS
@@ -351,7 +352,13 @@ def test_finished_texts_are_read_for_values(more):
         live.ignore(everything(module))
         critic.values(batch) if module.critic is None else critic(batch)
     assert score[ACTIVATIONS] == pytest.approx(live.peak.total(), rel=0.15)
-    assert Plan.of(module_of(PPOModule, tiny_gpt2(), kl_coef=0.0), ONE, SIZES).bytes[SCORE][ACTIVATIONS] == 0
+
+
+def test_texts_are_read_again_where_that_is_asked_for():
+    def read(**more):
+        return Plan.of(module_of(PPOModule, tiny_gpt2(), kl_coef=0.0, **more), ONE, SIZES).bytes[SCORE][ACTIVATIONS]
+
+    assert read(recompute_logprobs=True) > read() == 0
 
 
 def test_gradients_that_are_there_already_come_on_top():
@@ -380,22 +387,26 @@ def test_activations_computed_again_are_not_held():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", pytest.param("qwen3", marks=SLOW), "t5"])
-@pytest.mark.parametrize("group", [1, 3])
-def test_the_cache_is_as_long_as_it_gets(name, group):
+@pytest.mark.parametrize(("prompt", "group"), [(40, 1), (10, 3)])  # reading takes most, and writing does
+def test_the_cache_is_as_long_as_it_gets_and_a_rollout_takes_what_it_does_with_numbers(name, prompt, group):
     config = {**ARCHITECTURES, **ENCODER_DECODERS}[name]()
     module = module_of(GRPOModule, config, sampling={"max_new_tokens": 9}, group_size=max(2, group))
     networks = Networks.of(module, ONE)
-    rows = Rows(count=2, prompt=10, response=9)
+    rows = Rows(count=2, prompt=prompt, response=9)
     found = Passes(networks.mode, networks.policy, ONE).rollout(rows, group, module.sampling)
     policy = build(module).policy.eval()
-    tokens, mask, cache = policy.begin(torch.zeros(2, 10, dtype=torch.long), torch.ones(2, 10, dtype=torch.bool))
-    step = policy.next_token(tokens, mask, cache)
-    step = step.repeated(group)
-    mask = mask.repeat_interleave(group, 0)
-    for _ in range(8):
-        mask = torch.cat([mask, torch.ones(2 * group, 1, dtype=torch.bool)], dim=1)
-        step = policy.next_token(torch.zeros(2 * group, 1, dtype=torch.long), mask, step.cache)
+    with torch.no_grad(), Live("all") as live:
+        live.ignore(everything(module))
+        mask = torch.ones(2, prompt, dtype=torch.bool)
+        tokens, mask, cache = policy.begin(torch.zeros(2, prompt, dtype=torch.long), mask)
+        step = policy.next_token(tokens, mask, cache).repeated(group)
+        mask = mask.repeat_interleave(group, 0)
+        for _ in range(8):
+            token, *_ = draw(step.logits, torch.zeros(2 * group), module.sampling)
+            mask = torch.cat([mask, torch.ones(2 * group, 1, dtype=torch.bool)], dim=1)
+            step = policy.next_token(token[:, None], mask, step.cache)
     assert found[CACHE] == held_by(step.cache)
+    assert found.total() == pytest.approx(live.peak.total(), rel=0.15)
 
 
 def held_by(cache):
@@ -424,6 +435,9 @@ def test_phases_hold_what_is_there_in_them():
     # Three texts of 5 + 6 - 1 positions and 16 channels, and a copy of the minibatch's two.
     assert plan.bytes[GENERATE][TRUNK] == 3 * 10 * 16 * 4
     assert plan.bytes[BACKWARD][TRUNK] == 5 * 10 * 16 * 4
+    # Those of the first micro-batch, and those of the second as they are made.
+    trained = plan.bytes[STEP][GRADIENTS]
+    assert trained < plan.bytes[BACKWARD][GRADIENTS] < 2 * trained
     module.trunk_gib = 0.0
     assert Plan.of(module, ONE, SIZES).bytes[GENERATE][TRUNK] == 0
 
@@ -433,6 +447,8 @@ def test_an_offline_module_only_learns():
     assert list(plan.bytes) == [BACKWARD, STEP]
     by_tokens = Plan.of(sft(optimizer=None), ONE, Sizes(batch=1, prompt=5, response=7, batch_tokens=4 * 12))
     assert by_tokens.bytes[BACKWARD] == plan.bytes[BACKWARD]
+    added = Plan.of(sft(optimizer=None), replace(ONE, accumulates=2), Sizes(batch=4, prompt=5, response=7))
+    assert added.bytes[BACKWARD][GRADIENTS] > plan.bytes[STEP][GRADIENTS] > plan.bytes[BACKWARD][GRADIENTS]
 
 
 @functools.cache
@@ -466,6 +482,39 @@ def test_weights_that_are_left_in_shards_are_gathered_block_by_block_while_they_
     assert while_writing(policy, SHARDED) == root + 8 * block
     assert while_writing(policy, replace(SHARDED, holds_weights=False)) == root + max(root, 3 * block)
     assert while_writing(policy, replace(DDP, holds_weights=False)) == 0
+
+
+def test_gradients_of_a_block_are_exchanged_at_a_time_in_the_type_in_which_they_are_added_up():
+    learning = Networks.of(module_of(PPOModule, tiny_gpt2(layers=8)), SHARDED).learning
+    own = list(build(module_of(PPOModule, tiny_gpt2(layers=8))).policy.named_parameters())
+    block = sum(p.numel() for name, p in own if ".h.0." in name)
+    root = sum(p.numel() for name, p in own if ".h." not in name)
+    assert exchanged(learning, SHARDED) == 4 * root + max(4 * root, 8 * block)
+    assert exchanged(learning, replace(SHARDED, precision="bf16-mixed")) == 2 * root + max(4 * root, 6 * block)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_a_trunk_is_as_wide_as_the_one_that_is_kept(name):
+    module = module_of(PPOModule, ModelSpec({**ARCHITECTURES, **ENCODER_DECODERS}[name](), num_layers_unfrozen=1))
+    networks = Networks.of(module, ONE)
+    planned = Passes(networks.mode, networks.policy, ONE).trunk_bytes(Rows(count=2, prompt=5, response=7))
+    policy = build(module).policy.eval()
+    prompts = torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.bool)
+    with torch.no_grad():
+        read = policy.next_token(*policy.begin(*prompts)).trunk
+    assert planned == 2 * (read.shape[1] + 7 - 1) * size([read[0, 0]])
+
+
+def test_an_optimizer_that_takes_all_parameters_at_once_takes_more():
+    """As torch's do on a GPU."""
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-3)
+
+    def at_once(placement):
+        module = module_of(PPOModule, optimizer=optimizer)
+        plan = Plan.of(module, placement, SIZES).bytes
+        return plan[STEP][OPTIMIZER] - plan[BACKWARD][OPTIMIZER], plan[STEP][GRADIENTS]
+
+    assert 0 < at_once(ONE)[0] < at_once(Placement())[1] <= at_once(Placement())[0]
 
 
 def test_half_precision_halves_what_it_is_of():
@@ -514,6 +563,9 @@ def test_a_reward_model_is_sharded_where_the_policy_is(tmp_path):
     model = GPT2ForSequenceClassification.from_pretrained(tmp_path)
     assert part.bytes[STEP][REWARD] == sum(-(-len(p) // 4) * size([p[0]]) for p in model.parameters())
     assert apart.bytes[STEP][REWARD] == whole.bytes[STEP][REWARD] == size(everything(model))
+    one_by_one = Plan.of(with_classifier(tmp_path, batch_tokens=1)(kl_coef=0.0), ONE, SIZES)
+    together = Plan.of(with_classifier(tmp_path)(kl_coef=0.0), ONE, SIZES)
+    assert one_by_one.bytes[SCORE][ACTIVATIONS] < together.bytes[SCORE][ACTIVATIONS] / 2
     root = size([*model.transformer.wte.parameters(), *model.transformer.wpe.parameters()])
     root += size([*model.transformer.ln_f.parameters(), *model.score.parameters()])
     gathered = Networks.of(with_classifier(tmp_path)(), sharded).rewards[0].gathered
