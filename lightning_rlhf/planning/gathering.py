@@ -52,7 +52,9 @@ def whole(parameters: Iterable[nn.Parameter], placement: Placement) -> int:
     Returns:
         Bytes beside the parts; 0 where nothing is sharded.
     """
-    unique = {id(p): p for p in parameters}.values() if placement.is_sharded else ()
+    if not placement.is_sharded:
+        return 0
+    unique = {id(p): p for p in parameters}.values()
     return sum(p.numel() * placement.exchanged(p.dtype)[0].itemsize for p in unique)
 
 
