@@ -500,18 +500,6 @@ def test_a_trunk_is_as_wide_as_the_one_that_is_kept(name):
     assert planned == 2 * (read.shape[1] + 7 - 1) * size([read[0, 0]])
 
 
-def test_an_optimizer_that_takes_all_parameters_at_once_takes_more():
-    """As torch's do on a GPU."""
-    optimizer = functools.partial(torch.optim.AdamW, lr=1e-3)
-
-    def at_once(placement):
-        module = module_of(PPOModule, optimizer=optimizer)
-        plan = Plan.of(module, placement, SIZES).bytes
-        return plan[STEP][OPTIMIZER] - plan[BACKWARD][OPTIMIZER], plan[STEP][GRADIENTS]
-
-    assert 0 < at_once(ONE)[0] < at_once(Placement())[1] <= at_once(Placement())[0]
-
-
 def test_half_precision_halves_what_it_is_of():
     def held(precision, **more):
         module, placement = module_of(PPOModule, tiny_gpt2(width=64)), Placement(precision=precision, **more)
