@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2ForSeque
 
 from lightning_rlhf import GRPOModule, ModelSpec, PPOModule, RewardModel, RewardModule
 from lightning_rlhf.batches import ImitationBatch
+from lightning_rlhf.generation.sampling import draw
 from lightning_rlhf.models.adapters import VALUE as VALUE_ADAPTER
 from lightning_rlhf.modules.optimization import make_optimizer
 from lightning_rlhf.planning.gathering import exchanged, while_writing
@@ -386,22 +387,28 @@ def test_activations_computed_again_are_not_held():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", pytest.param("qwen3", marks=SLOW), "t5"])
-@pytest.mark.parametrize("group", [1, 3])
-def test_the_cache_is_as_long_as_it_gets(name, group):
+@pytest.mark.parametrize(("prompt", "group"), [(40, 1), (10, 3)])  # reading takes most, and writing does
+def test_the_cache_is_as_long_as_it_gets_and_a_rollout_takes_what_it_does_with_numbers(name, prompt, group):
     config = {**ARCHITECTURES, **ENCODER_DECODERS}[name]()
     module = module_of(GRPOModule, config, sampling={"max_new_tokens": 9}, group_size=max(2, group))
     networks = Networks.of(module, ONE)
-    rows = Rows(count=2, prompt=10, response=9)
+    rows = Rows(count=2, prompt=prompt, response=9)
     found = Passes(networks.mode, networks.policy, ONE).rollout(rows, group, module.sampling)
     policy = build(module).policy.eval()
-    tokens, mask, cache = policy.begin(torch.zeros(2, 10, dtype=torch.long), torch.ones(2, 10, dtype=torch.bool))
-    step = policy.next_token(tokens, mask, cache)
-    step = step.repeated(group)
-    mask = mask.repeat_interleave(group, 0)
-    for _ in range(8):
-        mask = torch.cat([mask, torch.ones(2 * group, 1, dtype=torch.bool)], dim=1)
-        step = policy.next_token(torch.zeros(2 * group, 1, dtype=torch.long), mask, step.cache)
-    assert found[CACHE] == held_by(step.cache)
+    with torch.no_grad(), Live("all") as live:
+        live.ignore(everything(module))
+        mask = torch.ones(2, prompt, dtype=torch.bool)
+        mask[0, 0] = False
+        tokens, mask, cache = policy.begin(torch.zeros(2, prompt, dtype=torch.long), mask)
+        step = policy.next_token(tokens, mask, cache).repeated(group)
+        mask = mask.repeat_interleave(group, 0)
+        for _ in range(8):
+            token, *_ = draw(step.logits, torch.zeros(2 * group), module.sampling)
+            mask = torch.cat([mask, torch.ones(2 * group, 1, dtype=torch.bool)], dim=1)
+            step = policy.next_token(token[:, None], mask, step.cache)
+    assert found.total() == pytest.approx(live.peak.total(), rel=0.05)
+    if prompt == 10:
+        assert found[CACHE] == held_by(step.cache)
 
 
 def held_by(cache):
@@ -498,6 +505,13 @@ def test_a_trunk_is_as_wide_as_the_one_that_is_kept(name):
     with torch.no_grad():
         read = policy.next_token(*policy.begin(*prompts)).trunk
     assert planned == 2 * (read.shape[1] + 7 - 1) * size([read[0, 0]])
+
+
+def test_an_optimizer_that_takes_all_parameters_at_once_takes_more():
+    """As torch's do on a GPU."""
+    module = module_of(PPOModule, optimizer=functools.partial(torch.optim.AdamW, lr=1e-3))
+    one, gpu = (standing(module, Networks.of(module, placement), placement) for placement in (ONE, Placement()))
+    assert 0 < one[1] < one[0][GRADIENTS] <= gpu[1]
 
 
 def test_half_precision_halves_what_it_is_of():
