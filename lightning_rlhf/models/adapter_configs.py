@@ -156,11 +156,12 @@ def has_adapter_only(folder: str) -> bool:
 
 
 @contextmanager
-def reading(adapter: Any) -> Iterator[None]:
+def reading(adapter: Any, argument: str = "adapter") -> Iterator[None]:
     """Leaves out what PEFT says to itself, and makes an error of weights that are missing.
 
     Args:
         adapter: What is read, for the error.
+        argument: What the user calls it.
     """
     with warnings.catch_warnings():
         for message in _UPSTREAM:
@@ -171,4 +172,6 @@ def reading(adapter: Any) -> Iterator[None]:
         except (UserWarning, RuntimeError) as error:
             if "missing adapter keys" not in str(error) and "size mismatch" not in str(error):
                 raise
-            raise ValueError(f"`adapter={str(adapter)!r}` is not of this model: {str(error).strip()[:300]}") from error
+            raise ValueError(
+                f"`{argument}={str(adapter)!r}` is not of this model: {str(error).strip()[:300]}"
+            ) from error

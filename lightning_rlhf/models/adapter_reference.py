@@ -67,7 +67,7 @@ def as_at_the_start(policy: Policy) -> AdapterReference:
     assert adapters is not None
     if not adapters.was_trained and _adds_nothing(policy.decoder):
         return AdapterReference(policy, None)
-    adapters.keep()
+    adapters.hold(adapters.config, adapters.state(), REFERENCE)
     return AdapterReference(policy, REFERENCE)
 
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
 
-TRAINED, REFERENCE, VALUE = "default", "reference", "value_adapter"
-"""What PEFT knows the policy's adapter by, a frozen one beside it, and one that learns to say values."""
+TRAINED, REFERENCE, VALUE, REWARD = "default", "reference", "value_adapter", "reward_adapter"
+"""What PEFT calls adapters: the policy's, a frozen one beside it, and such as say values or (with a number) score."""
 
 
 class Adapters:
@@ -135,12 +135,18 @@ class Adapters:
             for parameter in self.model.parameters():
                 parameter.requires_grad_(flags.get(id(parameter), False))
 
-    def keep(self) -> None:
-        """Puts a frozen copy of the adapter, as it is now, beside it."""
-        state = self.state()
-        with self._same_flags(), reading(None):
-            self.peft.add_adapter(REFERENCE, beginning_at_nothing(self.config, inference_mode=True))
-            self._load(self.peft, state, REFERENCE)
+    def hold(self, config: PeftConfig, state: Mapping[str, Tensor], name: str, source: Any = None) -> None:
+        """Puts a frozen adapter beside the one that trains.
+
+        Args:
+            config: Of an adapter that exists.
+            state: Its weights, under the names that PEFT saves; of another model's, an error says so.
+            name: What PEFT is to know it by.
+            source: The reward's folder that it is from, for errors.
+        """
+        with self._same_flags(), reading(source, "reward"):
+            self.peft.add_adapter(name, beginning_at_nothing(config, inference_mode=True))
+            self._load(self.peft, state, name)
             self.peft.set_adapter(TRAINED)
 
     def add(self, adapter: AdapterLike, name: str, trains: bool) -> bool:
@@ -280,9 +286,13 @@ class Adapters:
     @staticmethod
     def _load(peft: Any, state: Mapping[str, Tensor], name: str) -> None:
         from peft import set_peft_model_state_dict
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
         result = set_peft_model_state_dict(peft, dict(state), adapter_name=name)
-        assert not result.unexpected_keys
+        kind = PEFT_TYPE_TO_PREFIX_MAPPING[peft.peft_config[name].peft_type]
+        missing = (key for key in result.missing_keys if kind in key and name in key.split("."))
+        if wrong := [*result.unexpected_keys, *missing]:
+            raise RuntimeError(f"missing adapter keys, or unknown ones: {wrong[:3]}")
 
 
 def _prefixed(weights: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:

@@ -118,6 +118,16 @@ class Classifier:
         return self.model.config.get_text_config()
 
     @property
+    def stored(self) -> dict[str, Any]:
+        """How its scores are to be read, where its export says that."""
+        return stored(self.model.config)
+
+    @property
+    def network(self) -> nn.Module:
+        """All that it has of its own."""
+        return self.model
+
+    @property
     def device(self) -> torch.device:
         """Where it is."""
         return next(self.model.parameters()).device
@@ -173,6 +183,29 @@ class Classifier:
             The number.
         """
         return self.label_names.index(label) if isinstance(label, str) else label or 0
+
+    def check_label(self, label: str | int | None, output: str, name: str) -> None:
+        """Refuses to read what it does not say.
+
+        Args:
+            label: Name or number of the output that is to be read.
+            output: ``"logit"`` or ``"probability"``.
+            name: Of the reward model, for errors.
+
+        Raises:
+            ValueError: If there is no such output, or it is no probability.
+        """
+        names = self.label_names
+        fits = label in range(self.labels) if isinstance(label, int) else label in names
+        if label is None and self.labels > 1 or label is not None and not fits:
+            raise ValueError(
+                f"`label={label!r}` of the reward model {name!r} must be one of {', '.join(map(repr, names))}."
+            )
+        if self.labels == 1 and output == "probability":
+            raise ValueError(
+                f"`output='probability'`: the reward model {name!r} has one output, which is a score and no "
+                "probability. Use `output='logit'`."
+            )
 
     @torch.no_grad()
     def _run(self, rows: Sequence[Row], pad: int | None) -> Tensor:

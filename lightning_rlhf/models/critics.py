@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_rlhf.models.adapter_configs import has_adapter_only
 from lightning_rlhf.models.classifier import load_classifier
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.headed import HeadedModel
 from lightning_rlhf.models.loading import ModelSpec, check_folder
+from lightning_rlhf.models.quantization import is_quantized
 from lightning_rlhf.models.reading import Responses
 from lightning_rlhf.models.scorer_loading import stored
 from lightning_rlhf.models.states import head_states, placed
@@ -198,12 +200,22 @@ def check_weights(spec: ModelSpec) -> None:
         spec: Of the critic.
 
     Raises:
-        ValueError: If it is quantised.
+        ValueError: If it is quantised, or an adapter alone.
     """
     if spec.quantization is not None:
         raise ValueError(
             f"`critic.quantization={spec.quantization!r}` is for a critic that is an adapter on the policy's own "
             "model: give both a LoRA and the same model, or leave it out."
+        )
+    if isinstance(spec.model, nn.Module) and is_quantized(spec.model):
+        raise ValueError(
+            f"`critic={type(spec.model).__name__}` is quantised, and rounded weights have no gradient: pass one that "
+            "is not, or give policy and critic the same folder, `quantization` and a LoRA each."
+        )
+    if spec.is_named and has_adapter_only(os.fspath(spec.model)):
+        name = os.fspath(spec.model)
+        raise ValueError(
+            f"`critic={name!r}` holds an adapter and no model: pass `ModelSpec(<the model>, adapter={name!r})`."
         )
 
 

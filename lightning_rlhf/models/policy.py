@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lightning_rlhf.batches import Rollouts
+from lightning_rlhf.batches import ImitationBatch, Rollouts
 from lightning_rlhf.models.branches import SharedValues
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.passes import in_pieces
@@ -130,6 +130,23 @@ class Policy(nn.Module):
             return placed(self.value_branch.alone(self.decoder, reading), reading, batch)
         assert self.value_head is not None
         return placed(self.value_head(head_states(self.decoder, reading)), reading, batch)
+
+    def last_states(
+        self, tokens: Int[Tensor, "texts total"], mask: Bool[Tensor, "texts total"]
+    ) -> Float[Tensor, "texts width"]:
+        """The states behind the last tokens of texts, which the head reads to say what comes next.
+
+        Args:
+            tokens: Padded left.
+            mask: True where a token is real.
+
+        Returns:
+            A state of each.
+        """
+        # A token more, which nobody reads: the state that would predict it is that of the last one.
+        one = tokens.new_zeros(len(tokens), 1)
+        batch = ImitationBatch(prompt_tokens=tokens, prompt_mask=mask, response_tokens=one, response_mask=one == 0)
+        return head_states(self.decoder, self.decoder.reading(batch, None)).reshape(len(tokens), -1)
 
     def scored(
         self, rollouts: Rollouts, size: int, tokens: int | None = None, most: Callable[[int], int] = int

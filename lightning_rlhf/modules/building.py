@@ -165,5 +165,5 @@ def networks_of(built: Any) -> list[nn.Module]:
         return networks_of(list(built.values()))
     if isinstance(built, list):
         return [network for value in built for network in networks_of(value)]
-    network = built.network if isinstance(built, Reference) else built.model if isinstance(built, Classifier) else built
+    network = built.network if isinstance(built, Reference | Classifier) else built
     return [network] if isinstance(network, nn.Module) else []

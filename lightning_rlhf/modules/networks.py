@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -12,6 +13,7 @@ from lightning_rlhf.models.loading import ModelSpec
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.quantization import is_quantized
 from lightning_rlhf.models.reference import Reference
+from lightning_rlhf.models.reward_adapter import on_the_policy
 from lightning_rlhf.modules.evaluation import PromptEvaluation
 from lightning_rlhf.modules.manual import ManualModule
 from lightning_rlhf.modules.scoring import load_models, shard_models
@@ -36,8 +38,9 @@ class OnlineNetworks(PromptEvaluation, ManualModule):
     def build(self) -> None:
         """Makes the policy and, if one will be read, the reference; reads the reward models."""
         for model in self.reward.models:
-            model.waits = self.offload_frozen and model.device is None
+            model.waits = self.offload_frozen and model.device is None and not model.is_adapter
         super().build()
+        self._put_rewards_beside()
         if self.builds_for_all:
             load_models(self._sharded_rewards, None)
         else:
@@ -57,6 +60,23 @@ class OnlineNetworks(PromptEvaluation, ManualModule):
         network = Policy(self.load_decoder(self.reference_spec), self.policy.temperature)
         return Reference(network, self.reference_spec.is_named)
 
+    def _put_rewards_beside(self) -> None:
+        """Reads rewards that are adapters on the policy's model."""
+        for number, model in enumerate(self._reward_adapters):
+            if model.device is not None:
+                raise ValueError(
+                    f"`device={str(model.device)!r}`: the reward model {model.name!r} is an adapter, which is where "
+                    "the policy is: leave it out."
+                )
+            if self.reward_in_background:
+                raise ValueError(
+                    f"`reward_in_background=True`: the reward model {model.name!r} is an adapter on the policy's "
+                    "model, with which the reference reads at the same time: leave it out, or export the reward model "
+                    "whole."
+                )
+            folder = os.fspath(model.spec.model)
+            model.load(on_the_policy(self.policy, self.spec, self.tokenizer, folder, model.tokenizer, number))
+
     def _check_offloaded(self) -> None:
         networks = [] if self.reference is None else [self.reference.network]
         networks += [model.load().model for model in self.reward.models if model.waits]
@@ -73,11 +93,15 @@ class OnlineNetworks(PromptEvaluation, ManualModule):
         return [*super().specs, *reference, *(model.spec for model in self.reward.models)]
 
     @property
+    def _reward_adapters(self) -> list[RewardModel]:
+        return [model for model in self.reward.models if model.is_adapter]
+
+    @property
     def _sharded_rewards(self) -> list[RewardModel]:
-        return [model for model in self.reward.models if model.shards]
+        return [model for model in self.reward.models if model.shards or model.is_adapter]
 
     def built(self) -> dict[str, Any]:
-        """With the reward models that are to be sharded."""
+        """With the reward models that are to be sharded, or lie in what is."""
         return {**super().built(), "rewards": [model.classifier for model in self._sharded_rewards]}
 
     def take(self, built: dict[str, Any]) -> None:
@@ -85,7 +109,7 @@ class OnlineNetworks(PromptEvaluation, ManualModule):
         super().take({name: value for name, value in built.items() if name != "rewards"})
         for model, classifier in zip(self._sharded_rewards, built["rewards"], strict=True):
             model.load(classifier)
-        load_models([model for model in self.reward.models if not model.shards], self.trainer)
+        load_models([model for model in self.reward.models if model not in self._sharded_rewards], self.trainer)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """With the reward models."""

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_rlhf.data.settled import settle
+from lightning_rlhf.models.adapters import REWARD
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.dropout import DropoutValues, original_dropout
 from lightning_rlhf.models.encoder_decoder import decoder_of
@@ -103,7 +104,8 @@ class SavedModule(EvaluatedModule):
         left_out, state = self._left_out, self.state_dict()
         fingerprints = {}
         for network in self.saved_specs:  # in an order that is the same on all processes
-            weights = {name: state[name] for name in state if name in left_out and name.startswith(f"{network}.")}
+            own = {name for name in left_out if name.startswith(f"{network}.") and f".{REWARD}_" not in name}
+            weights = {name: state[name] for name in state if name in own}
             if weights:
                 fingerprints[network] = fingerprint(weights)
         return fingerprints

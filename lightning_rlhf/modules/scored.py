@@ -17,6 +17,7 @@ from lightning_rlhf.models.freezing import freeze_weights
 from lightning_rlhf.models.headed import HeadedModel
 from lightning_rlhf.models.loading import ModelSpec
 from lightning_rlhf.models.quantization import is_quantized
+from lightning_rlhf.models.reward_folder import write_reward_adapter
 from lightning_rlhf.models.scorer import Scorer
 from lightning_rlhf.models.scorer_loading import STORED, load_scorer
 from lightning_rlhf.models.texts import end_id, prompt_ids, response_ids
@@ -178,29 +179,30 @@ class ScoringModule(OfflineModule):
 
         It is one for ``AutoModelForSequenceClassification`` too, where transformers has that class for the
         architecture. If not, ``AutoModel`` reads the backbone, and the head lies beside it
-        (`docs/algorithms/reward.md`). With an adapter the whole model is written, in full precision.
+        (`docs/algorithms/reward.md`). With an adapter the whole model is written, in full precision; or adapter and
+        head alone, as PEFT does for such classifiers, for a policy with an adapter on the same model.
 
         Args:
             folder: Where to; made if it is missing.
-            merge_adapter: True: an adapter alone would lack the head.
+            merge_adapter: Whether a model with an adapter is written whole.
         """
         if not self.is_built:
             self.configure_model()
-        has_adapter = self.policy.decoder.adapters is not None
-        if not merge_adapter and has_adapter:
-            raise ValueError("`merge_adapter=False`: PEFT's folders have no place for the head, so leave it out.")
-        super().save_pretrained(folder, merge_adapter=has_adapter)
+        super().save_pretrained(folder, merge_adapter and self.policy.decoder.adapters is not None)
 
     def write(self, folder: str, weights: Mapping[str, Tensor] | None, merge_adapter: bool) -> None:
         """Writes the model, and in its config how it is to be read."""
         scorer = self.policy.decoder
         model = scorer.model
+        how = {"mean": self.mean, "std": self.std, "reads": "apart"}
+        if scorer.adapters is not None and not merge_adapter:
+            write_reward_adapter(scorer, self.spec, folder, how, weights)
+            return
         if merge_adapter:
             model, weights = scorer.adapters.merged(weights), None
             if is_quantized(scorer.model):
                 self._tell_distance(scorer, model)
-        stored = {"mean": self.mean, "std": self.std, "reads": "apart", "head": isinstance(model, HeadedModel)}
-        setattr(model.config, STORED, stored)
+        setattr(model.config, STORED, {**how, "head": isinstance(model, HeadedModel)})
         model.save_pretrained(folder, state_dict=weights)
 
     @torch.no_grad()

@@ -82,5 +82,6 @@ def shard_models(models: Sequence[RewardModel], mesh: DeviceMesh, device: torch.
                 f"`reward_in_background=True`: the reward model {model.name!r} is sharded, and processes would wait "
                 "for each other for ever: leave it out, or pass `RewardModel(..., sharded=False)`."
             )
-        shard_classifier(model.load(), mesh)
+        if not model.is_adapter:  # or it lies in the policy's shards
+            shard_classifier(model.load(), mesh)
         model.most = partial(most_over_ranks, device=device)

@@ -17,6 +17,7 @@ from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.freezing import freeze_weights
 from lightning_rlhf.models.loading import check_folder
 from lightning_rlhf.models.outline import outlined, rounded_weights, runnable
+from lightning_rlhf.models.reward_folder import RewardAdapter
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.online import OnlineModule
 from lightning_rlhf.modules.scored import ScoringModule
@@ -46,6 +47,8 @@ class Classifier:
     @property
     def form(self) -> str:
         """How it is held, in a few words."""
+        if self.reward.is_adapter:
+            return "an adapter on the policy's model"
         return "a part on each device" if self.gathered else "whole on each device"
 
 
@@ -198,6 +201,11 @@ def _rewards(mode: FakeTensorMode, module: RLHFModule, placement: Placement) -> 
 
 def _classifier(mode: FakeTensorMode, module: OnlineModule, reward: RewardModel, placement: Placement) -> Classifier:
     """One of them, of which each device has a part if it is sharded; it keeps its own type."""
+    if reward.is_adapter:
+        model, own = outlined(module.spec, scores=True), RewardAdapter.read(os.fspath(reward.spec.model)).state
+        runnable(model, mode)
+        gathered = _gathered(mode, model) if placement.is_sharded else 0
+        return Classifier(reward, model, placement.bytes_of(own.values()), gathered)
     spec, is_sharded = reward.spec, reward.shards and placement.is_sharded
     if spec.quantization is not None and (is_sharded or module.offload_frozen):
         raise ValueError(

@@ -13,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_rlhf.dotted import dotted_name
+from lightning_rlhf.models.adapter_configs import has_adapter_only
 from lightning_rlhf.models.classifier import Classifier, Row, is_classifier_object, load_classifier
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, load_tokenizer
 from lightning_rlhf.models.offloading import HOST, fetched
-from lightning_rlhf.models.scorer_loading import stored
 from lightning_rlhf.rewards.texts import READS, TextReader, continuations
 
 _GIVEN_UP = 2**40
@@ -115,7 +115,8 @@ class RewardModel:
         self.most: Callable[[int], int] = int
         self.waits = False
         self._place: torch.device | None = None  # where it is asked
-        self.name = name or self._own_name()
+        own = PurePath(os.fspath(self.spec.model)).name if self.spec.is_named else type(self.spec.model).__name__
+        self.name = name or own
         self.classifier: Classifier | None = None
         self._tokenizer = tokenizer
         self._has_warned = False
@@ -177,7 +178,8 @@ class RewardModel:
         """
         if classifier is not None or self.classifier is None:
             self.classifier = classifier or self._read()
-            self._stored = stored(self.classifier.model.config)
+            self.classifier.check_label(self.label, self.output, self.name)
+            self._stored = self.classifier.stored
             reads = self.reads or self._stored.get("reads", "both")
             self._reader = TextReader(self.tokenizer, reads, self.append_eos, self.name)
             home = HOST if self.waits else self.device
@@ -185,7 +187,17 @@ class RewardModel:
                 self._move(home)
         return self.classifier
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter on a policy's model, of which it then holds no copy."""
+        return self.spec.is_named and has_adapter_only(os.fspath(self.spec.model))
+
     def _read(self) -> Classifier:
+        if self.is_adapter:
+            raise ValueError(
+                f"`reward={self.name!r}` is an adapter, which scores within an online module whose policy has its "
+                "model: for one that stands alone export it whole, by `save_pretrained(folder)`."
+            )
         network: Any = load_classifier(self.spec, "reward") if self.spec.is_named else self.spec.model
         tokens, rows = len(self.tokenizer), int(network.get_input_embeddings().weight.shape[0])
         if tokens > rows:
@@ -193,9 +205,7 @@ class RewardModel:
                 f"`tokenizer` of the reward model {self.name!r} has {tokens} tokens, and the model {rows} rows: it "
                 "is another model's. Pass its own."
             )
-        classifier = Classifier(network, self.tokenizer.pad_token_id)
-        self._check_label(classifier)
-        return classifier
+        return Classifier(network, self.tokenizer.pad_token_id)
 
     def to(self, device: torch.device) -> None:
         """Goes where the policy is, unless it was told where to stay.
@@ -274,26 +284,7 @@ class RewardModel:
         is_multiple = self.classifier.model.config.problem_type == "multi_label_classification"
         return (logits.sigmoid() if is_multiple else logits.softmax(1))[:, number]
 
-    def _check_label(self, classifier: Classifier) -> None:
-        names = classifier.label_names
-        fits = self.label in range(classifier.labels) if isinstance(self.label, int) else self.label in names
-        if self.label is None and classifier.labels > 1 or self.label is not None and not fits:
-            raise ValueError(
-                f"`label={self.label!r}` of the reward model {self.name!r} must be one of "
-                f"{', '.join(map(repr, names))}."
-            )
-        if classifier.labels == 1 and self.output == "probability":
-            raise ValueError(
-                f"`output='probability'`: the reward model {self.name!r} has one output, which is a score and no "
-                "probability. Use `output='logit'`."
-            )
-
     def _move(self, device: torch.device) -> None:
         assert self.classifier is not None
         if self.classifier.device != device:
             self.classifier.model.to(device)
-
-    def _own_name(self) -> str:
-        if self.spec.is_named:
-            return PurePath(os.fspath(self.spec.model)).name
-        return type(self.spec.model).__name__

@@ -10,6 +10,7 @@ import functools
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,9 @@ ALGORITHMS: dict[str, Any] = {
     "ppo_t5_branch": lambda **more: online(PPOModule, t5(), num_value_layers_unfrozen=1, vf_coef=0.1, **more),
     "ppo_critic": lambda **more: online(PPOModule, critic=policy_of(2, layers=4), micro_batch_size=2, **more),
     "ppo_value_adapter": lambda **more: online(PPOModule, with_adapter(), critic="policy", micro_batch_size=2, **more),
+    "ppo_recomputed": lambda **more: online(
+        PPOModule, replace(with_adapter(), gradient_checkpointing=True), critic="policy", micro_batch_size=2, **more
+    ),
     "grpo_t5_hydra": lambda **more: online(GRPOModule, t5(1, layers=3), group_size=3, **more),
     # Scores of two or three values: in many groups all are equal, and nothing else has a gradient.
     "grpo_silent": functools.partial(
@@ -245,11 +249,28 @@ def ppo_named(strategy: str, folder: Path) -> dict[str, Any]:
     return fit(module, PromptDataModule(PROMPTS, batch_size=per_process(8, strategy), seed=3), strategy)
 
 
+def _model_and_adapter(folder: Path) -> None:
+    network(tiny_gpt2(LETTERS, layers=3), seed=1).save_pretrained(folder / "model")
+    word_tokenizer(LETTERS).save_pretrained(folder / "model")
+    spec = ModelSpec(folder / "model", adapter={"peft_type": "LORA", "r": 2, "init_lora_weights": False})
+    RewardModule(spec, seed=2).save_pretrained(folder / "judge", merge_adapter=False)
+
+
+def ppo_reward_adapter(strategy: str, folder: Path) -> dict[str, Any]:
+    """Policy, values and reward are three adapters on one model."""
+    by_the_first(_model_and_adapter, folder)
+    spec = ModelSpec(folder / "model", adapter={"peft_type": "LORA", "r": 2})
+    reward = RewardModel(folder / "judge", batch_tokens=18)
+    module = online(PPOModule, spec, reward=reward, critic="policy", micro_batch_size=2)
+    return fit(module, PromptDataModule(PROMPTS, batch_size=per_process(8, strategy), seed=3), strategy)
+
+
 ppo_t5 = functools.partial(learns, "ppo_t5")
 ppo_branch = functools.partial(learns, "ppo_branch")
 ppo_t5_branch = functools.partial(learns, "ppo_t5_branch")
 ppo_critic = functools.partial(learns, "ppo_critic")
 ppo_value_adapter = functools.partial(learns, "ppo_value_adapter")
+ppo_recomputed = functools.partial(learns, "ppo_recomputed")
 grpo_t5_hydra = functools.partial(learns, "grpo_t5_hydra")
 
 
@@ -738,6 +759,8 @@ SAME = [
     "ppo_t5_branch",
     "ppo_critic",
     "ppo_value_adapter",
+    "ppo_recomputed",
+    "ppo_reward_adapter",
     "grpo_t5_hydra",
     "ppo_named",
     "sft",

@@ -68,7 +68,7 @@ def test_two_processes_write_what_one_writes_and_every_row_keeps_its_score(one, 
         for field in ("prompts", "tokens", "responses"):
             assert dealt([ours[field], theirs[field]], GROUP.get(name, 1)) == whole[field]
         assert dealt([ours["scores"], theirs["scores"]], GROUP.get(name, 1)) == pytest.approx(whole["scores"], abs=1e-6)
-        if name != "ppo_named":  # which a classifier judges
+        if name not in ("ppo_named", "ppo_reward_adapter"):  # which a classifier judges
             assert ours["scores"] == pytest.approx(early_letters(ours["prompts"], ours["responses"]), abs=1e-6)
 
 

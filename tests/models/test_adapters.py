@@ -185,7 +185,7 @@ def test_what_trains_is_the_same_during_and_after_a_switch(name, tmp_path):
     adapter = LoraConfig(r=2, modules_to_save=["lm_head"], trainable_token_indices={"wte": [1, 2]})
     policy = policy_of(tiny_gpt2(tie_word_embeddings=False), adapter)
     adapters = policy.decoder.adapters
-    adapters.keep()
+    adapters.hold(adapters.config, adapters.state(), "reference")
     chosen = next(p for n, p in policy.decoder.named_parameters() if "lora_A.default" in n)
     chosen.requires_grad_(False)  # as a user may have it
     before = {n: p.requires_grad for n, p in policy.decoder.named_parameters()}

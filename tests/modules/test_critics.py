@@ -6,13 +6,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_rlhf import GRPOModule, ModelSpec, PPOModule, PromptDataModule
 from lightning_rlhf.batches import PromptBatch
 from lightning_rlhf.models.adapter_reference import AdapterReference
 from lightning_rlhf.models.adapters import VALUE
 from lightning_rlhf.models.heads import LinearValueHead
+from lightning_rlhf.models.quantization import quantization_config
 from lightning_rlhf.models.reference import fingerprint
 from tests.networks import ENCODER_DECODERS, network, tiny_gpt2, word_tokenizer
 from tests.training import PROMPTS, Seen, bare_trainer, fit, module_of
@@ -213,8 +214,6 @@ def test_a_checkpoint_does_not_hold_the_frozen_weights_of_a_critic_with_an_adapt
 
 
 def test_the_policy_alone_is_exported(folders, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     tokens = torch.tensor([[1, 2, 3, 4]])
     for kind in ("branch", "critic"):
         module = ppo(folders["gpt2"], **CRITICS[kind])
@@ -391,3 +390,28 @@ def test_critics_that_cannot_be_are_refused(folders):
     ada = {"peft_type": "ADALORA", "target_modules": ["c_attn"], "total_step": 100, "init_r": 4, "target_r": 2}
     spec = ModelSpec(folders["gpt2"], adapter=ada)
     refused("`critic.adapter` of type ADALORA: ranks are reduced", folders["gpt2"], critic=spec)
+
+
+def test_a_folder_that_holds_an_adapter_alone_goes_with_the_model_that_it_is_for(folders, tmp_path):
+    policy = ModelSpec(folders["gpt2"], adapter={**LORA, "init_lora_weights": False})
+    trained = ppo(policy)
+    trained.save_pretrained(tmp_path)
+    refused(
+        r"`critic='.*'` holds an adapter and no model: pass `ModelSpec\(<the model>, adapter=", policy, critic=tmp_path
+    )
+    module = ppo(policy, critic=ModelSpec(folders["gpt2"], adapter=tmp_path))
+    module.configure_model()
+    state, adapters = module.policy.state_dict(), module.policy.decoder.adapters
+    expected = {n: p for n, p in trained.policy.named_parameters() if "lora_" in n}
+    assert all(torch.equal(state[n.replace(".default.", f".{VALUE}.")], p) for n, p in expected.items())
+    assert all(parameter.requires_grad for parameter in adapters.parameters(VALUE))
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_a_quantised_object_is_no_critic(auto, folders, tmp_path):
+    torch.manual_seed(0)
+    auto.from_config(tiny_gpt2(width=64, num_labels=1)).save_pretrained(tmp_path)
+    model = auto.from_pretrained(tmp_path, quantization_config=quantization_config("nf4", torch.float32))
+    refused(
+        "`critic=GPT2.*` is quantised, and rounded weights have no gradient: pass one", folders["gpt2"], critic=model
+    )

@@ -216,8 +216,6 @@ def test_an_adapter_and_the_head_train_and_a_whole_model_is_saved(tmp_path):
     start = scored_by()
     module = module_of(ModelSpec(start, adapter=adapter))
     fit(module, max_epochs=1)
-    with pytest.raises(ValueError, match="`merge_adapter=False`: PEFT's folders have no place for the head"):
-        module.save_pretrained(tmp_path, merge_adapter=False)
     module.save_pretrained(tmp_path)
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     own = dict(start.named_parameters())
@@ -580,3 +578,18 @@ def test_the_loss_of_a_large_difference_is_exact():
     """Where exp overflows."""
     scores = torch.tensor([[-200.0, 300.0]])
     assert float(module_of().loss(scores, batch_of(PAIRS[:1]))) == pytest.approx(500.4)
+
+
+def test_folders_and_tokenizers_that_no_reward_model_comes_of_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`gguf_file='x.gguf'` holds a language model: load it once as one"):
+        module_of(ModelSpec("here", gguf_file="x.gguf")).configure_model()
+    with pytest.raises(
+        TypeError, match="`model=3` must be a hub name, a folder, a transformers config or a PreTrained"
+    ):
+        module_of(3).configure_model()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"`model='.*'` holds an adapter and no model: pass `ModelSpec\(<the model>"):
+        module_of(tmp_path).configure_model()
+    module = module_of(tokenizer=word_tokenizer(eos=False))
+    with pytest.raises(ValueError, match="`tokenizer` has neither EOS nor SEP, so that no text could end: set"):
+        fit(module, max_epochs=1)

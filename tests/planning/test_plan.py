@@ -573,6 +573,17 @@ def test_a_reward_model_is_sharded_where_the_policy_is(tmp_path):
         Plan.of(with_classifier(tmp_path)(reward_in_background=True), sharded, SIZES)
 
 
+def test_a_reward_that_is_an_adapter_takes_its_own_weights_alone(tmp_path):
+    base = saved(tmp_path / "base", network(tiny_gpt2()))
+    judge = RewardModule(ModelSpec(base, adapter={**LORA, "target_modules": ["c_attn"]}))
+    judge.save_pretrained(tmp_path / "judge", merge_adapter=False)
+    own = size(p for name, p in judge.policy.named_parameters() if "lora_" in name)
+    for placement in (ONE, Placement(2, "sharded", is_gpu=False)):
+        plan = Plan.of(module_of(PPOModule, ModelSpec(base, adapter=LORA), reward=tmp_path / "judge"), placement, SIZES)
+        assert plan.bytes[STEP][REWARD] == own / placement.devices
+        assert any("an adapter on the policy's model" in fact for fact in plan.facts)
+
+
 def test_networks_that_wait_in_host_memory_are_there_while_they_are_asked(tmp_path):
     there, waits, both = (
         Plan.of(with_classifier(tmp_path)(**more), ONE, SIZES)
@@ -655,6 +666,19 @@ def test_what_could_not_run_is_not_planned(tmp_path):
         Plan.of(module_of(PPOModule, ModelSpec(tmp_path, quantization="nf4")), ONE, SIZES)
     with pytest.raises(ValueError, match=r"`prompt_tokens=60` and a response of 6 .* room for a prompt of 58"):
         Plan.of(module_of(PPOModule), ONE, Sizes(batch=3, prompt=60))
+    with pytest.raises(
+        ValueError, match="`num_layers_unfrozen=0` leaves GRPOModule nothing to train: unfreeze a block"
+    ):
+        Plan.of(module_of(GRPOModule, ModelSpec(tiny_gpt2(), num_layers_unfrozen=0)), ONE, SIZES)
+    reference = {"reference": ModelSpec(tmp_path, quantization="nf4"), "kl_coef": 0.1, "offload_frozen": True}
+    with pytest.raises(ValueError, match="and those of `reference.quantization=.nf4.` stay where they were packed"):
+        Plan.of(module_of(PPOModule, **reference), ONE, SIZES)
+    reward = RewardModel(ModelSpec(tmp_path, quantization="nf4"), name="judge")
+    for arguments, placement in (({"offload_frozen": True}, ONE), ({}, sharded)):
+        with pytest.raises(
+            ValueError, match="`quantization=.nf4.` of the reward model .judge.: its weights can be nei"
+        ):
+            Plan.of(module_of(PPOModule, reward=reward, **arguments), placement, SIZES)
     with pytest.raises(ValueError, match="`num_layers_unfrozen=9` is more than the 2 blocks"):
         Plan.of(module_of(PPOModule, ModelSpec(tiny_gpt2(), num_layers_unfrozen=9)), ONE, SIZES)
     with pytest.raises(ValueError, match="`policy='[^']*none'` looks like a folder, and there is none"):

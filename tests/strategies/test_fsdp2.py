@@ -279,3 +279,8 @@ def test_what_of_reward_models_cannot_be_sharded_is_refused_by_name(tmp_path):
 def test_shards_are_not_offloaded():
     with pytest.raises(ValueError, match=r"`offload_frozen=True`: sharded weights stay where they are"):
         fit(ppo(offload_frozen=True), strategy="rlhf_fsdp2")
+
+
+def test_a_network_that_was_forgotten_is_not_trained_against():
+    with pytest.raises(RuntimeError, match="`weight` of Linear was not sharded"):
+        sharding.check_sharded(torch.nn.Module(), torch.nn.Linear(1, 1))
