@@ -60,6 +60,8 @@ def optimizer_bytes(module: RLHFModule, networks: Networks, placement: Placement
                     optimizer.step()
         else:
             _step(optimizer, placement)
+            live.peak = live.now.copy()  # of the next one, when all of the state is there
+            optimizer.step()
     return live.now[STEP], live.peak[STEP] - live.now[STEP]
 
 
