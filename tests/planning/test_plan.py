@@ -138,7 +138,7 @@ def test_what_says_values_is_counted_as_it_is_built(name, layers, says):
     assert held[VALUE] > 0
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=SLOW)])
 @pytest.mark.parametrize("more", [{"critic": "policy"}, {"num_value_layers_unfrozen": 1}])
 def test_so_is_what_says_values_beside_an_adapter(name, more):
     config = {**ARCHITECTURES, **ENCODER_DECODERS}[name]()
@@ -295,17 +295,19 @@ WAYS = {
     "lora": {"adapter": LORA},
     "again": {"gradient_checkpointing": True},
 }
+SLOWER = [("t5", way) for way in WAYS if way != "full"]
+SLOWER += [("bart", "lora"), ("gpt_neox", "again"), ("opt", "lora"), ("gemma", "top")]
 
 
-# Every way of training on an architecture of either kind, and every other architecture in one of the ways.
+# Every way of training on one architecture of either kind, and every other architecture in one of the ways.
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        *((name, way) for name in ("gpt2", "t5") for way in WAYS),
+        *(("gpt2", way) for way in WAYS),
+        ("t5", "full"),
         ("llama", "top"),
         ("gemma2", "full"),
-        ("bart", "lora"),
-        *(pytest.param(*case, marks=SLOW) for case in [("gpt_neox", "again"), ("opt", "lora"), ("gemma", "top")]),
+        *(pytest.param(*case, marks=SLOW) for case in SLOWER),
     ],
 )
 def test_a_training_pass_holds_what_it_does_with_numbers(name, way):
@@ -313,7 +315,7 @@ def test_a_training_pass_holds_what_it_does_with_numbers(name, way):
     rows = Rows(count=6, prompt=20, response=24)
     module = module_of(PPOModule, ModelSpec(build_config(name), **WAYS[way]))
     planned = planned_pass(module, rows)
-    assert planned.total() == pytest.approx(real_pass(module, rows), rel=0.15)
+    assert planned.total() == pytest.approx(real_pass(module, rows), rel=0.08)
     assert planned[ACTIVATIONS] > 0
 
 
@@ -328,7 +330,7 @@ BRANCH, CRITIC = {"num_value_layers_unfrozen": 1}, {"critic": "policy"}
         ("gpt2", {**CRITIC, "adapter": LORA}),
         ("gpt2", {**BRANCH, "adapter": LORA, "gradient_checkpointing": True}),
         ("t5", BRANCH),
-        ("t5", {**CRITIC, "adapter": LORA}),
+        pytest.param("t5", {**CRITIC, "adapter": LORA}, marks=SLOW),
     ],
 )
 def test_a_training_pass_with_values_of_their_own_does_too(name, more):
@@ -338,8 +340,7 @@ def test_a_training_pass_with_values_of_their_own_does_too(name, more):
     spec = ModelSpec(config, **{key: value for key, value in more.items() if key not in says})
     module = module_of(PPOModule, spec, **says)
     planned = planned_pass(module, rows)
-    assert planned.total() == pytest.approx(real_pass(module, rows), rel=0.15)
-    assert planned.total() > planned_pass(module_of(PPOModule, spec), rows).total()
+    assert planned.total() == pytest.approx(real_pass(module, rows), rel=0.08)
 
 
 @pytest.mark.parametrize("more", [{"num_value_layers_unfrozen": 1}, {"critic": "policy"}])
@@ -386,7 +387,7 @@ def test_activations_computed_again_are_not_held():
     assert activations(True) < 0.5 * activations(False)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", pytest.param("qwen3", marks=SLOW), "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "t5", *(pytest.param(name, marks=SLOW) for name in ("llama", "qwen3"))])
 @pytest.mark.parametrize(("prompt", "group"), [(40, 1), (10, 3)])  # reading takes most, and writing does
 def test_the_cache_is_as_long_as_it_gets_and_a_rollout_takes_what_it_does_with_numbers(name, prompt, group):
     config = {**ARCHITECTURES, **ENCODER_DECODERS}[name]()
@@ -510,8 +511,10 @@ def test_a_trunk_is_as_wide_as_the_one_that_is_kept(name):
 def test_an_optimizer_that_takes_all_parameters_at_once_takes_more():
     """As torch's do on a GPU."""
     module = module_of(PPOModule, optimizer=functools.partial(torch.optim.AdamW, lr=1e-3))
-    one, gpu = (standing(module, Networks.of(module, placement), placement) for placement in (ONE, Placement()))
-    assert 0 < one[1] < one[0][GRADIENTS] <= gpu[1]
+    one, gpu = (standing(module, Networks.of(module, placement), placement)[1] for placement in (ONE, Placement()))
+    groups = [size(group["params"]) for group in build(module).parameter_groups()]
+    assert 0 < one < max(groups) / 2
+    assert gpu == pytest.approx(max(groups), rel=0.05)
 
 
 def test_half_precision_halves_what_it_is_of():
@@ -534,9 +537,9 @@ def test_half_precision_halves_what_it_is_of():
 
 
 def test_a_critic_is_spread_as_the_policy_is():
+    assert tiny(DDP, "copy")[STEP][EXCHANGE] == tiny(ONE, "copy")[STEP][GRADIENTS]
     for says in ("branch", "copy"):
         one, parts = tiny(ONE, says), tiny(SHARDED, says)
-        assert tiny(DDP, says)[STEP][EXCHANGE] == one[STEP][GRADIENTS]
         for part in (VALUE, GRADIENTS, OPTIMIZER):
             assert parts[STEP][part] == pytest.approx(one[STEP][part] / 4, rel=0.2)
     alone, critic, branch = (tiny(SHARDED, says) for says in ("nothing", "copy", "branch"))
