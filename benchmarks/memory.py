@@ -8,8 +8,9 @@ iterations: full, with the top two blocks unfrozen, by LoRA, by LoRA on a base i
 Measured is the resident set at its highest, less what it was when everything had been imported, in two processes: one
 with the C library's allocator as it is, and one in which it returns freed memory at once (``MALLOC_MMAP_THRESHOLD_``).
 The difference is memory that nothing uses: glibc keeps it in pieces in which the next tensor finds no room. All prompts
-and responses are of full length, as a plan takes them to be. A base in four bits is read in single precision and
-rounded then, which is its peak; a plan is of what comes after. The table is written to ``outputs/memory/``.
+and responses are of full length, as a plan takes them to be. A base in four bits is read from a file in single
+precision, whose pages count as resident until the system wants them back; a plan is of what tensors take. The table is
+written to ``outputs/memory/``.
 """
 
 from __future__ import annotations
