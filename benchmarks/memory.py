@@ -28,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks import workload
+from benchmarks import texts, workload
 from benchmarks.alternation import ROOT
 from benchmarks.machine import forget_peak, memory_now, peak_memory
 from benchmarks.ours import quiet
@@ -92,9 +92,7 @@ def configuration(row: str, folder: Path, size: Size = SIZE) -> dict[str, Any]:
     policy = {"model": network, **more.pop("policy", {})}
     if "quantization" in policy:
         policy["model"] = str(folder)
-    prompts = [
-        " ".join(f"w{workload.WORDS + (7 * i + j) % 97}" for j in range(PROMPT_TOKENS)) for i in range(2 * PROMPTS)
-    ]
+    prompts = [" ".join(f"w{texts.WORDS + (7 * i + j) % 97}" for j in range(PROMPT_TOKENS)) for i in range(2 * PROMPTS)]
     quiet_trainer = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     return {
         "trainer": {

@@ -16,7 +16,17 @@ from torch import Tensor
 from benchmarks import workload
 from benchmarks.worker import Gate
 from benchmarks.workload import Case
-from lightning_rlhf import ConversationDataModule, GRPOModule, ModelSpec, PPOModule, PromptDataModule, SFTModule
+from lightning_rlhf import (
+    ConversationDataModule,
+    GRPOModule,
+    ModelSpec,
+    PPOModule,
+    PreferenceDataModule,
+    PromptDataModule,
+    RewardModule,
+    SFTModule,
+)
+from lightning_rlhf.batches import PreferenceBatch
 
 
 class WaitsAfterIterations(Callback):
@@ -83,6 +93,7 @@ def rows_of(batch: Any) -> list[tuple[int, int]]:
     Returns:
         Both numbers, row by row.
     """
+    batch = batch.rows() if isinstance(batch, PreferenceBatch) else batch
     return list(zip(batch.prompt_mask.sum(1).tolist(), batch.response_mask.sum(1).tolist(), strict=True))
 
 
@@ -102,6 +113,8 @@ def module_of(case: Case) -> L.LightningModule:
     }
     if case.row in ("sft", "sft_packed", "generate"):
         return SFTModule(spec, **shared)
+    if case.row == "reward":
+        return RewardModule(spec, **shared)
 
     def score(prompts: list[str], responses: list[str], response_tokens: list[Tensor]) -> list[float]:
         return workload.reward([row.tolist() for row in response_tokens], case.network)
@@ -131,6 +144,8 @@ def fit(case: Case, module: L.LightningModule, callback: Callback) -> None:
     data: L.LightningDataModule
     if case.row == "sft":
         data = ConversationDataModule(case.examples(), batch_size=workload.BATCH, shuffle=False)
+    elif case.row == "reward":
+        data = PreferenceDataModule(case.pairs(), batch_size=workload.BATCH, shuffle=False)
     elif case.row == "sft_packed":
         room = workload.PACKED_ROWS * workload.MAX_LENGTH
         data = ConversationDataModule(case.examples(), batch_tokens=room, shuffle=False)
@@ -209,6 +224,7 @@ RUNS = {
     "grpo_mu": online,
     "sft": offline,
     "sft_packed": offline,
+    "reward": offline,
     "generate": generate,
 }
 """How each row is run."""

@@ -1,6 +1,6 @@
 """Seconds and memory of this library beside TRL or transformers, on the same work, in turns.
 
-Each row is one or several of ``ppo grpo grpo_mu sft sft_packed generate``, such as::
+Each row is one or several of ``ppo grpo grpo_mu sft sft_packed reward generate``, such as::
 
     python -m benchmarks.speed ppo --size base --lengths ragged
     python -m benchmarks.speed ppo --size base --unfrozen -1 2
@@ -39,6 +39,7 @@ PEERS = {
     "grpo_mu": "trl",
     "sft": "trl",
     "sft_packed": "trl",
+    "reward": "trl",
     "generate": "transformers",
 }
 """The rows, and beside whom each is measured."""
@@ -104,7 +105,7 @@ def parsed(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", default=[], choices=["ours", "trl", "transformers"], help="only these")
     parser.add_argument("--kernel", nargs="+", default=["onednn"], choices=list(KERNELS), help="of our products")
     options = options_of(parser, args)
-    if options.unfrozen != [-1] and set(options.rows) & {"sft", "sft_packed", "generate"}:
+    if options.unfrozen != [-1] and set(options.rows) & {"sft", "sft_packed", "reward", "generate"}:
         parser.error(f"--unfrozen {shlex.join(map(str, options.unfrozen))} goes with ppo, grpo and grpo_mu")
     options.name = "-".join([*options.rows, options.size, options.lengths])
     options.name += "".join(

@@ -232,5 +232,44 @@ def sft(case: Case, gate: Gate) -> None:
     trainer.train()
 
 
-RUNS = {"ppo": ppo, "grpo": grpo, "grpo_mu": grpo, "sft": sft, "sft_packed": sft}
+def reward(case: Case, gate: Gate) -> None:
+    """A reward model on pairs.
+
+    Args:
+        case: What is done.
+        gate: Where to wait between steps.
+    """
+    from trl import RewardConfig, RewardTrainer
+
+    waits, pairs = Waits(gate, 1), case.pairs()
+    prompts = [len(pair["prompt"].split()) for pair in pairs]
+    # As of a completion, TRL tokenises what prompt and response are together.
+    rows = [{**pair, **{key: f" {pair[key]}" for key in ("chosen", "rejected")}} for pair in pairs]
+    config = RewardConfig(
+        **arguments(case),
+        per_device_train_batch_size=workload.BATCH,
+        max_length=workload.MAX_LENGTH,
+        train_sampling_strategy="sequential",
+        dataset_num_proc=None,
+    )
+    trainer = RewardTrainer(
+        model=AutoModelForSequenceClassification.from_pretrained(case.folder, num_labels=1),
+        args=config,
+        processing_class=AutoTokenizer.from_pretrained(case.folder),
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[waits],
+    )
+    read = iter(range(0, len(pairs), workload.BATCH))
+
+    def learnt(result: Any, model: Any, inputs: dict[str, torch.Tensor], *_: Any) -> None:
+        start = next(read)
+        both = prompts[start : start + workload.BATCH] * 2  # the chosen ones, then the rejected ones
+        totals = inputs["attention_mask"].sum(1).tolist()
+        waits.rows = [(prompt, total - prompt) for prompt, total in zip(both, totals, strict=True)]
+
+    gate.timed(trainer, "training_step", "training_step", learnt)
+    trainer.train()
+
+
+RUNS = {"ppo": ppo, "grpo": grpo, "grpo_mu": grpo, "sft": sft, "sft_packed": sft, "reward": reward}
 """How each row is run."""

@@ -65,6 +65,8 @@ def work(case: Case, system: str, rows: Rows) -> dict[str, float]:
         return dict(zip(PHASES, (body + top, 0.0, 0.0), strict=True))
     if case.row.startswith("sft"):
         return dict(zip(PHASES, (0.0, 0.0, 3 * (body + top)), strict=True))
+    if case.row == "reward":  # read at the last token too, which predicts nothing
+        return dict(zip(PHASES, (0.0, 0.0, 3 * blocks(case.network, [(p, r + 1) for p, r in rows])), strict=True))
     has_reference = case.row == "ppo"
     if system == "trl" and case.row == "ppo":
         score, optimise = body + top + 2 * body, 3 * (body + top + body)

@@ -6,7 +6,6 @@ It knows torch and transformers only, since it runs in every system's own enviro
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from benchmarks import texts
+from benchmarks.texts import WORDS
+
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 PAD, EOS, UNK = 0, 1, 2
-WORDS = 3
-"""The first token that is a word; the others are special."""
-
 BATCH = 32
 """Responses of an online iteration; examples of an offline step."""
 
@@ -29,9 +28,6 @@ MAX_NEW_TOKENS = 64
 
 MEAN_LENGTH = 24
 """One in so many tokens is EOS where lengths are ragged."""
-
-PROMPT_TOKENS = (32, 64)
-EXAMPLE_TOKENS = (32, 96)
 
 MAX_LENGTH = 192
 """No example is longer than this many tokens."""
@@ -76,7 +72,8 @@ class Case:
     """One row of the table, as every system is told it.
 
     Args:
-        row: What is done: ``"ppo"``, ``"grpo"``, ``"grpo_mu"``, ``"sft"``, ``"sft_packed"`` or ``"generate"``.
+        row: What is done: ``"ppo"``, ``"grpo"``, ``"grpo_mu"``, ``"sft"``, ``"sft_packed"``, ``"reward"`` or
+            ``"generate"``.
         size: A key of :data:`SIZES`.
         lengths: Of responses.
         folder: With the network and the tokenizer to begin from.
@@ -123,11 +120,15 @@ class Case:
 
     def prompts(self) -> list[str]:
         """Prompts of all iterations."""
-        return prompts(self.network, self.iterations * self.batch // self.group_size)
+        return texts.prompts(self.network, self.iterations * self.batch // self.group_size)
 
     def examples(self) -> list[dict[str, str]]:
         """Examples of all steps."""
-        return examples(self.network, self.iterations * BATCH)
+        return texts.examples(self.network, self.iterations * BATCH)
+
+    def pairs(self) -> list[dict[str, str]]:
+        """Comparisons of all steps."""
+        return texts.pairs(self.network, self.iterations * BATCH)
 
 
 def config(size: Size) -> GPT2Config:
@@ -225,41 +226,6 @@ def save(folder: Path, size: Size, lengths: Lengths, seed: int = 0) -> None:
     tokenizer(size).save_pretrained(folder)
 
 
-def prompts(size: Size, count: int, seed: int = 0) -> list[str]:
-    """Prompts of 32 to 64 random words, uniform.
-
-    Args:
-        size: Of the network.
-        count: How many.
-        seed: The same seed gives the same prompts, and a larger count goes on with them.
-
-    Returns:
-        The prompts.
-    """
-    draw = random.Random(f"prompts {seed}")
-    return [_text(draw, size, PROMPT_TOKENS) for _ in range(count)]
-
-
-def examples(size: Size, count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Such prompts, and responses of 32 to 96 random tokens, EOS included, to imitate.
-
-    Args:
-        size: Of the network.
-        count: How many.
-        seed: The same seed gives the same examples, and a larger count goes on with them.
-
-    Returns:
-        Dicts of ``prompt`` and ``response``; the EOS is left for the systems to put there.
-    """
-    draw = random.Random(f"examples {seed}")
-    lowest, highest = EXAMPLE_TOKENS
-    rows = []
-    for _ in range(count):
-        prompt = _text(draw, size, PROMPT_TOKENS)
-        rows.append({"prompt": prompt, "response": _text(draw, size, (lowest - 1, highest - 1))})
-    return rows
-
-
 def reward(responses: Sequence[Sequence[int]], size: Size) -> list[float]:
     """Scores each response by the share of its tokens in the lower half of the vocabulary.
 
@@ -284,7 +250,3 @@ def length_of(response: Any) -> int:
     """
     ids = [int(token) for token in response]
     return ids.index(EOS) + 1 if EOS in ids else len(ids)
-
-
-def _text(draw: random.Random, size: Size, tokens: tuple[int, int]) -> str:
-    return " ".join(f"w{draw.randrange(WORDS, size.vocabulary)}" for _ in range(draw.randint(*tokens)))

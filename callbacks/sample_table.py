@@ -34,9 +34,7 @@ class SampleTable(DueCallback):
         self, every_n_iterations: int = 10, num_rows: int = 4, console: bool = True, max_characters: int = 400
     ) -> None:
         super().__init__(every_n_iterations)
-        for name, number in {"num_rows": num_rows, "max_characters": max_characters}.items():
-            if number < 1:
-                raise ValueError(f"`{name}={number}` must be at least 1.")
+        check_counts(num_rows, max_characters)
         self.num_rows = num_rows
         self.console = console
         self.max_characters = max_characters
@@ -47,32 +45,9 @@ class SampleTable(DueCallback):
             return
         columns, rows = samples(experience, self.num_rows)
         if self.console:
-            self.show(columns, rows, module.iteration)
+            show(f"Samples of iteration {module.iteration}", columns, rows, self.max_characters)
         for logger in trainer.loggers:
             log_samples(logger, columns, rows, module.iteration)
-
-    def show(self, columns: list[str], rows: list[list[Any]], iteration: int) -> None:
-        """Prints a table.
-
-        Args:
-            columns: Their names.
-            rows: Texts and numbers.
-            iteration: Of which they are.
-        """
-        table = Table(title=f"Samples of iteration {iteration}", show_lines=True)
-        for column, value in zip(columns, rows[0], strict=True):
-            if isinstance(value, str):
-                table.add_column(column, overflow="fold")
-            else:
-                table.add_column(column, justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(*(Text(self._short(value)) for value in row))
-        with tqdm.external_write_mode():
-            get_console().print(table)
-
-    def _short(self, value: Any) -> str:
-        text = value if isinstance(value, str) else f"{value:.3f}"
-        return text if len(text) <= self.max_characters else text[: self.max_characters] + " ..."
 
 
 def samples(experience: Experience, number: int) -> tuple[list[str], list[list[Any]]]:
@@ -93,6 +68,44 @@ def samples(experience: Experience, number: int) -> tuple[list[str], list[list[A
     prompts = [prompt_text(prompt) for prompt in experience.prompts[:number]]
     texts = zip(prompts, experience.responses[:number], *columns, strict=True)
     return ["prompt", "response", *scores], [list(row) for row in texts]
+
+
+def check_counts(num_rows: int, max_characters: int) -> None:
+    """Refuses a table that would be empty.
+
+    Args:
+        num_rows: Its rows.
+        max_characters: Of a text.
+    """
+    for name, number in {"num_rows": num_rows, "max_characters": max_characters}.items():
+        if number < 1:
+            raise ValueError(f"`{name}={number}` must be at least 1.")
+
+
+def show(title: str, columns: list[str], rows: list[list[Any]], max_characters: int) -> None:
+    """Prints a table above any progress bar.
+
+    Args:
+        title: Of the table.
+        columns: Their names.
+        rows: Texts and numbers.
+        max_characters: Of a text.
+    """
+
+    def short(value: Any) -> str:
+        text = value if isinstance(value, str) else f"{value:.3f}"
+        return text if len(text) <= max_characters else text[:max_characters] + " ..."
+
+    table = Table(title=title, show_lines=True)
+    for column, value in zip(columns, rows[0], strict=True):
+        if isinstance(value, str):
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(short(value)) for value in row))
+    with tqdm.external_write_mode():
+        get_console().print(table)
 
 
 def prompt_text(prompt: Any) -> str:

@@ -1,4 +1,4 @@
-"""What travels between the rooms: prompts, rollouts, scores, experience, rows to imitate, and comparisons."""
+"""What travels between the rooms: prompts, rollouts, scores, experience, rows to imitate, steps, and comparisons."""
 
 from __future__ import annotations
 
@@ -167,14 +167,14 @@ class Experience(Rollouts):
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class ImitationBatch(Batch):
-    """What supervised fine-tuning reads: prompts and the responses to imitate.
+class ResponseBatch(Batch):
+    """Prompts, and a response to each.
 
     Attributes:
         prompt_tokens: Padded left.
         prompt_mask: True where a token is real.
         response_tokens: Padded right.
-        response_mask: True where a token is real and is to be learnt.
+        response_mask: True where a token is real.
     """
 
     prompt_tokens: Int[Tensor, "batch prompt"]
@@ -184,6 +184,64 @@ class ImitationBatch(Batch):
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class ImitationBatch(ResponseBatch):
+    """What supervised fine-tuning reads: prompts and the responses to imitate.
+
+    Attributes:
+        learnt_mask: True where a token of the response is to be learnt; None where all are. In a conversation the
+            response begins with the first turn of the assistant, and what others say after that is not learnt.
+    """
+
+    learnt_mask: Bool[Tensor, "batch response"] | None = None
+
+    @property
+    def learnt(self) -> Bool[Tensor, "batch response"]:
+        """Which tokens are to be learnt."""
+        return self.response_mask if self.learnt_mask is None else self.learnt_mask
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class UnpairedPreferenceBatch(ResponseBatch):
+    """Responses that were judged by themselves.
+
+    Attributes:
+        labels: True where a response is as it should be.
+        metadata: Every other key of the rows, a list each.
+    """
+
+    labels: Bool[Tensor, " batch"]
+    metadata: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class RewardedBatch(ResponseBatch):
+    """Responses, and what a reward gave for each.
+
+    Attributes:
+        scores: What it gave.
+        metadata: Every other key of the rows, a list each.
+    """
+
+    scores: Float[Tensor, " batch"]
+    metadata: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class StepBatch(ResponseBatch):
+    """Responses that were judged step by step.
+
+    Attributes:
+        step_mask: True at the token that ends a step of which somebody said something.
+        labels: What was said of the step that ends at a token; 0 elsewhere.
+        metadata: Every other key of the rows, a list each.
+    """
+
+    step_mask: Bool[Tensor, "batch response"]
+    labels: Float[Tensor, "batch response"]
+    metadata: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -1,4 +1,4 @@
-"""The command line: ``lightning-rlhf fit|validate|test|predict|plan --config run.yaml``."""
+"""The command line: ``lightning-rlhf fit|validate|test|predict|plan --config run.yaml``, and ``collect``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lightning_rlhf
 from lightning_rlhf.callbacks import ResponseWriter
+from lightning_rlhf.collect.command import ABOUT, COLLECT, collect
 from lightning_rlhf.modules.arguments import known_arguments
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.planning.command import Asked, plan_run
@@ -88,7 +89,7 @@ class RLHFCLI(LightningCLI):
         )
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Adds `plan`, which reads what `fit` does."""
+        """Adds `plan`, which reads what `fit` does, and `collect`."""
         super()._add_subcommands(parser, **kwargs)
         about = "Say where the memory of a run goes and whether it fits, from its configuration alone."
         planner = self._prepare_subcommand_parser(Trainer, "fit", description=about)
@@ -96,6 +97,7 @@ class RLHFCLI(LightningCLI):
         self._subcommand_parsers[PLAN] = planner
         assert parser._subcommands_action is not None
         parser._subcommands_action.add_subcommand(PLAN, planner, help=about)
+        parser._subcommands_action.add_subcommand(COLLECT, Parser(), help=ABOUT)  # for the help alone: see main
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Reads the command line."""
@@ -286,4 +288,8 @@ def main(args: Sequence[str] | None = None) -> None:
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)  # a console script has its own folder there; this one finds `my_reward.score`
-    RLHFCLI(found(sys.argv[1:] if args is None else args))
+    args = found(sys.argv[1:] if args is None else args)
+    if args[:1] == [COLLECT]:
+        collect(args[1:], Parser)  # which has neither Trainer nor module
+    else:
+        RLHFCLI(args)

@@ -66,13 +66,13 @@ def test_a_file_that_is_missing(data, name):
 
 def test_a_prompt_that_is_too_long_is_named_before_anything_is_written():
     room = POSITIONS - 6
-    with complains(f"`prompts[1]` has 60 tokens, and the model has room for {room}: shorten it or leave it out."):
+    with complains(f"`prompts[1]` has 60 tokens, and the model has room for {room}: shorten it or leave it out, as "):
         fit(ppo(reward=no_score), prompts=["a", LONG, "b"])
 
 
 def test_a_text_that_is_too_long_is_named_before_anything_is_learnt():
     data = ConversationDataModule(["a", f"{LONG} a b c d"])
-    with complains(f"`rows[1]` has 65 tokens, and the model has room for {POSITIONS}: shorten it or leave it out."):
+    with complains(f"`rows[1]` has 65 tokens, and the model has room for {POSITIONS}: shorten it or leave it out, as "):
         bare_trainer(max_epochs=1).fit(SFTModule(tiny_gpt2(), tokenizer=word_tokenizer()), datamodule=data)
 
 
@@ -100,9 +100,9 @@ def test_a_prompt_that_is_too_long_to_be_answered():
 
 
 def test_a_prompt_that_is_no_text():
-    with complains("`prompts[1]`: `prompt=3` must be a string, or a list of chat messages"):
+    with complains("`prompts[1]`: `prompt=3` must be text, or a list of chat messages"):
         fit(ppo(reward=no_score), prompts=["a", 3])
-    with complains("`prompt=3` must be a string, or a list of chat messages"):
+    with complains("`prompt=3` must be text, or a list of chat messages"):
         ppo().generate([3])
 
 

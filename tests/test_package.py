@@ -32,8 +32,8 @@ ORDER = (
     ("modules",),
     ("planning",),
     ("",),
-    ("callbacks",),
-    ("cli", "sweep", "collect"),
+    ("callbacks", "collect"),
+    ("cli", "sweep"),
     ("__main__",),
     ("examples",),
 )
@@ -224,7 +224,8 @@ def test_wheel_holds_the_folders_inside_the_package(checkout: Path, tmp_path: Pa
         assert "lightning-rlhf = lightning_rlhf.cli:main" in scripts
 
     for package, folder in FOLDERS.items():
-        files = [*folder.rglob("*.py"), *folder.rglob("*.yaml"), *folder.rglob("py.typed")]
+        kinds_of_files = ("*.py", "*.yaml", "py.typed", "*.html", "*.css", "*.js", "*.svg")
+        files = [file for kind in kinds_of_files for file in folder.rglob(kind)]
         wanted = {f"{package.replace('.', '/')}/{file.relative_to(folder).as_posix()}" for file in files}
         assert wanted - packed == set()
     assert [name for name in packed if not name.startswith("lightning_rlhf/")] == []

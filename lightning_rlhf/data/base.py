@@ -7,17 +7,21 @@ import inspect
 import os
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import lightning as L
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_rlhf.batches import Batch
-from lightning_rlhf.data.cursor import Cursor, CursorSampler
+from lightning_rlhf.data.cursor import CursorSampler
 from lightning_rlhf.data.evaluation import EvaluationSampler
-from lightning_rlhf.data.settled import settled_batches
+from lightning_rlhf.data.limits import Limits, Side, TooLong
+from lightning_rlhf.data.place import PlacedDataModule
+from lightning_rlhf.data.reader import Reader
+from lightning_rlhf.data.selection import Deduplicate, Rows
+from lightning_rlhf.data.streaming import Stream
+from lightning_rlhf.data.tokens import Tokenized
 
 _WRONG_ADVICE = (
     ".*does not have many workers",  # few are right for rows that only need padding
@@ -31,18 +35,35 @@ def run_seed(seed: int | None) -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
 
-class RLHFDataModule(L.LightningDataModule, ABC):
+class RLHFDataModule(PlacedDataModule, ABC):
     """Rows that become batches once a module has brought its tokenizer.
 
     Args:
-        rows: The training data; None where there is only something to evaluate.
+        rows: The training data: a list, the path of a file, a data set of Hugging Face, or a stream (what can be read
+            again and again and has no length); None where there is only something to evaluate.
+        held_out: Rows that are not learnt from, as ``"validation"``, ``"test"`` and ``"predict"``.
+        columns: The rows' own names for the keys that are read, where they differ.
+        validation_share: Of the rows, that is held out to validate on instead of ``validation``. All rows of a prompt
+            are on one side.
+        split_seed: Says which; another one than ``seed``, so that runs with different seeds are measured on the same.
+        deduplicate: Keeps the first of rows whose texts are equal (``"exact"``), or equal but for case, white space and
+            forms of characters (``"normalized"``). Metadata does not count.
+        max_length: How many tokens a prompt and a response may have together; by default what the model has room for.
+        max_prompt_length: How many a prompt may have.
+        max_response_length: How many a response may have, its EOS included.
+        too_long: Whether a longer row is an ``"error"`` or is left out (``"drop"``).
+        truncate: Which parts are cut to fit instead, and on which side: ``{"prompt": "left", "response": "right"}``,
+            or one of these; a prompt may be cut on the right too. Where both are too long together, the prompt is cut
+            first. A response that is cut ends without EOS.
         batch_size: Rows of a batch, per process, in training and evaluation.
-        shuffle: Whether every epoch has an order of its own.
+        shuffle: Whether every epoch has an order of its own; a stream keeps its own.
         seed: Of the orders; what ``seed_everything`` set, else 0, by default.
         num_workers: Processes that collate.
-        held_out: Rows that are not learnt from, as ``"validation"``, ``"test"`` and ``"predict"``.
 
     Attributes:
+        dropped: Of each of the arguments that hold rows, how many were left out because of what: ``"duplicate"``, or
+            the part that was too long.
+        truncated: Likewise, how many prompts and responses were cut.
         tokenizer: Of the module that is trained, which sets it; or set it yourself.
         max_tokens: How long a row may be, in tokens; the module sets it, None is no limit.
         has_encoder: Whether the model reads prompts with an encoder; the module sets it. Prompts then have the special
@@ -51,22 +72,44 @@ class RLHFDataModule(L.LightningDataModule, ABC):
     """
 
     argument: str  # what the user calls the training data, for errors
+    keys: tuple[str, ...]  # what is read of a row
+    text_key = "prompt"  # what an item that is no dict stands for
+    has_responses = True  # whether a row has any
 
     def __init__(
         self,
-        rows: Sequence[Any] | None,
+        rows: Any,
         *,
+        held_out: Mapping[str, Any] | None = None,
+        columns: Mapping[str, str] | None = None,
+        validation_share: float = 0.0,
+        split_seed: int = 0,
+        deduplicate: Deduplicate | None = None,
+        max_length: int | None = None,
+        max_prompt_length: int | None = None,
+        max_response_length: int | None = None,
+        too_long: TooLong = "error",
+        truncate: Mapping[str, Side] | None = None,
         batch_size: int = 32,
         shuffle: bool = True,
         seed: int | None = None,
         num_workers: int = 0,
-        held_out: Mapping[str, Sequence[Any] | None] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"`batch_size={batch_size}` must be at least 1.")
-        self.rows = rows
-        self.held_out = {name: some for name, some in (held_out or {}).items() if some is not None}
+        self.columns = dict(columns or {})
+        for key in self.columns:
+            if key not in self.keys:
+                raise ValueError(f"`columns` names {key!r}, which must be one of {', '.join(map(repr, self.keys))}.")
+        if not self.has_responses and (max_response_length is not None or "response" in (truncate or {})):
+            raise ValueError(
+                f"`max_response_length` and `truncate=...` of a response are for rows that have one, and those of "
+                f"{type(self).__name__} have none: leave them out."
+            )
+        own = {"prompt": max_prompt_length, "response": max_response_length, "row": max_length}
+        self.limits = Limits(own, too_long, dict(truncate or {}))
+        self.deduplicate = deduplicate
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = run_seed(seed)
@@ -75,24 +118,90 @@ class RLHFDataModule(L.LightningDataModule, ABC):
         self.max_tokens: int | None = None
         self.has_encoder = False
         self.max_response_tokens: int | None = None
-        self.cursor = Cursor()
-        self._settled = Cursor()  # the place behind which everything is in the weights
-        self._due = 0  # batches that training has finished once the last one that was read is
+        self._reader = Reader(self)
+        self.rows = self._reader.read(rows, self.argument, streams=True)
+        if isinstance(self.rows, Stream) and num_workers:
+            raise ValueError(
+                f"`num_workers={num_workers}`: `{self.argument}` is a stream, which each would read: leave it 0."
+            )
+        held_out = {name: self._reader.read(some, name) for name, some in (held_out or {}).items()}
+        self.held_out = {name: some for name, some in held_out.items() if some is not None}
+        if validation_share:
+            self._reader.hold_out(validation_share, split_seed)
+        kept = [some for some in (self.rows, *self.held_out.values()) if isinstance(some, Rows)]
+        self.metadata_keys = sorted({key for some in kept for row in some for key in self.metadata(row)})
+
+    @property
+    def dropped(self) -> dict[str, Counter[str]]:
+        """How many rows were left out because of what, by argument."""
+        return self._reader.dropped
+
+    @property
+    def truncated(self) -> dict[str, Counter[str]]:
+        """How many prompts and responses were cut, by argument."""
+        return self._reader.truncated
 
     @abstractmethod
-    def tokenized(self, row: Any, what: str) -> Any:
+    def parsed(self, row: dict[str, Any], place: str) -> Sequence[Any]:
+        """Makes of what was read what is kept; called once a row.
+
+        Args:
+            row: Its keys and values.
+            place: Where it is from, for errors.
+
+        Returns:
+            The rows that it stands for, mostly one.
+        """
+
+    @abstractmethod
+    def texts(self, row: Any) -> Sequence[Any]:
+        """What a row consists of, for telling rows apart.
+
+        Args:
+            row: From :meth:`parsed`.
+
+        Returns:
+            The prompt, then the rest.
+        """
+
+    def metadata(self, row: Any) -> Mapping[str, Any]:
+        """What a row says beside that, which goes into batches.
+
+        Args:
+            row: From :meth:`parsed`.
+
+        Returns:
+            Nothing by default.
+        """
+        return {}
+
+    def columns_of(self, items: Sequence[Tokenized]) -> dict[str, list[Any]]:
+        """The metadata of a batch; a key that a row lacks is None.
+
+        Args:
+            items: Its rows.
+
+        Returns:
+            A list a key: all keys that any row of the data has, or of a stream those of the batch.
+        """
+        rows = [self.metadata(item.row) for item in items]
+        keys = sorted({key for row in rows for key in row}) if isinstance(self.rows, Stream) else self.metadata_keys
+        return {key: [row.get(key) for row in rows] for key in keys}
+
+    @abstractmethod
+    def tokenized(self, row: Any, what: str) -> Tokenized:
         """Turns a row into tokens; called once a row, before the first batch.
 
         Args:
-            row: As the user gave it.
-            what: The row, for errors.
+            row: From :meth:`parsed`.
+            what: Where it is from, for errors.
 
         Returns:
             What :meth:`collate` puts together.
         """
 
     @abstractmethod
-    def collate(self, items: Sequence[Any]) -> Batch:
+    def collate(self, items: Sequence[Tokenized]) -> Batch:
         """Puts what :meth:`tokenized` returned side by side.
 
         Args:
@@ -109,6 +218,10 @@ class RLHFDataModule(L.LightningDataModule, ABC):
                 f"`{self.argument}` is not given to {type(self).__name__}: there is nothing to learn from."
             )
         self._due = 0
+        if isinstance(self.rows, Stream):
+            self._check_tokenizer()
+            self.rows.begin(self._reader.streamed, self.cursor, self.batch_size, *self._place)
+            return self._loader(self.rows, None, self.batch_size, self.collate)
         items = self._items(self.argument, self.rows)
         bins = self.binned(items)
         if bins is not None:
@@ -117,7 +230,7 @@ class RLHFDataModule(L.LightningDataModule, ABC):
         sampler = CursorSampler(items, self.cursor, self.batch_size, self.shuffle, self.seed, *self._place)
         return self._loader(items, sampler, self.batch_size, self.collate)
 
-    def binned(self, items: list[Any]) -> list[list[Any]] | None:
+    def binned(self, items: list[Tokenized]) -> list[list[Tokenized]] | None:
         """Which rows make a batch of the training data; None where ``batch_size`` says it.
 
         Args:
@@ -128,7 +241,7 @@ class RLHFDataModule(L.LightningDataModule, ABC):
         """
         return None
 
-    def _collate_bin(self, bins: Sequence[list[Any]]) -> Batch:
+    def _collate_bin(self, bins: Sequence[list[Tokenized]]) -> Batch:
         return self.collate(bins[0])
 
     @property
@@ -160,19 +273,17 @@ class RLHFDataModule(L.LightningDataModule, ABC):
         items = self._items(name, self.held_out[name])
         return self._loader(items, EvaluationSampler(items, *self._place), self.batch_size, self.collate)
 
-    @property
-    def _place(self) -> tuple[int, int]:
-        """Number of processes, and of this one."""
-        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+    def _items(self, argument: str, rows: Rows) -> list[Tokenized]:
+        self._check_tokenizer()
+        return self._reader.items(argument, rows)
 
-    def _items(self, argument: str, rows: Sequence[Any]) -> list[Any]:
+    def _check_tokenizer(self) -> None:
         if self.tokenizer is None:
             raise ValueError(
                 "`tokenizer` is not set: fit with an RLHF module, which brings its own, or set `datamodule.tokenizer`."
             )
-        return [self.tokenized(row, f"`{argument}[{number}]`") for number, row in enumerate(rows)]
 
-    def _loader(self, items: list[Any], sampler: Sampler, batch_size: int, collate: Any) -> DataLoader:
+    def _loader(self, items: Dataset | list[Any], sampler: Sampler | None, batch_size: int, collate: Any) -> DataLoader:
         for advice in _WRONG_ADVICE:
             warnings.filterwarnings("ignore", message=advice)
         return DataLoader(
@@ -182,49 +293,3 @@ class RLHFDataModule(L.LightningDataModule, ABC):
             collate_fn=collate,
             num_workers=self.num_workers,
         )
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Moves the cursor: fires once for every batch that training consumes, before its step."""
-        if self.trainer is not None and self.trainer.training:
-            if self._is_settled():
-                self._settled = replace(self.cursor)
-            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
-            self._due = progress.total.processed + 1
-            self.cursor.advance(int(self.trainer.num_training_batches))
-        return batch
-
-    def _is_settled(self) -> bool:
-        """Whether what was read is in the weights, and not a batch that is under way."""
-        if self.trainer is None:
-            return True
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
-        return progress.total.processed >= self._due and settled_batches(self.trainer) == progress.current.ready
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the data, up to which everything is in the weights."""
-        place = self.cursor if self._is_settled() else self._settled
-        return {"epoch": place.epoch, "position": place.position}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes back to a saved place."""
-        self.cursor.epoch, self.cursor.position = state_dict["epoch"], state_dict["position"]
-
-    def check_length(self, prompt: int, response: int, what: str) -> None:
-        """Refuses a row that the model cannot read.
-
-        Args:
-            prompt: Its tokens.
-            response: Likewise; 0 where there is none yet.
-            what: The row, for the error.
-
-        Raises:
-            ValueError: If it is too long.
-        """
-        parts = [(prompt + response, self.max_tokens, "tokens")]
-        if self.has_encoder:
-            parts = [(prompt, self.max_tokens, "tokens"), (response, self.max_response_tokens, "tokens of response")]
-        for length, room, tokens in parts:
-            if room is not None and length > room:
-                raise ValueError(
-                    f"{what} has {length} {tokens}, and the model has room for {room}: shorten it or leave it out."
-                )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os.path
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_rlhf.data.formats import Row, is_chat
+from lightning_rlhf.data.fields import Fields
+from lightning_rlhf.data.formats import Row
 
 PAIR: tuple[str, ...] = ("prompt", "chosen", "rejected")
 RANKING: tuple[str, ...] = ("prompt", "responses", "ranks", "scores")
@@ -20,6 +19,12 @@ ANY = ("margin", "tie")
 
 KEYS = tuple(dict.fromkeys((*PAIR, *ANY, *RANKING, *SUMMARIES)))
 """What a row's keys may be called."""
+
+NEEDED = (
+    "'prompt', 'chosen' and 'rejected'; 'prompt', 'responses' and 'ranks' or 'scores'; or 'info', 'summaries' and "
+    "'choice'"
+)
+"""What a row must have."""
 
 ASSISTANT = "\n\nAssistant:"
 """What a turn of the assistant begins with in a transcript."""
@@ -71,7 +76,7 @@ def comparison(row: Row, place: str, columns: Mapping[str, str]) -> Comparison:
     Raises:
         ValueError: If it is none of these, with place, field and value.
     """
-    fields = _Fields(row, place, columns)
+    fields = Fields(row, place, columns, KEYS)
     if fields.has("responses"):
         form, (prompt, responses, ranks) = RANKING, _ranking(fields)
     elif fields.has(*SUMMARIES):
@@ -79,10 +84,7 @@ def comparison(row: Row, place: str, columns: Mapping[str, str]) -> Comparison:
     elif fields.has("chosen", "rejected"):
         form, (prompt, responses, ranks) = PAIR, _pair(fields)
     else:
-        raise ValueError(
-            f"{place} has the keys {sorted(map(str, row))}: it needs 'prompt', 'chosen' and 'rejected'; 'prompt', "
-            "'responses' and 'ranks' or 'scores'; or 'info', 'summaries' and 'choice'. Other names go into `columns`."
-        )
+        raise fields.lacks(NEEDED)
     margin = fields.number("margin", fields.known.get("margin", 0.0))
     if margin < 0.0:
         raise fields.wrong("margin", "must not be negative: it says how much better the first response is")
@@ -93,80 +95,10 @@ def comparison(row: Row, place: str, columns: Mapping[str, str]) -> Comparison:
     return Comparison(prompt, tuple(responses), tuple(ranks), margin, fields.but(*form, *ANY), place)
 
 
-class _Fields:
-    """The keys of a row under the names that they have here; what is None is not there."""
-
-    def __init__(self, row: Row, place: str, columns: Mapping[str, str]) -> None:
-        self.place = place
-        self.columns = columns
-        self.given = {key: value for key, value in row.items() if value is not None}
-        names = {key: columns.get(key, key) for key in KEYS}
-        self.known = {key: self.given[name] for key, name in names.items() if name in self.given}
-
-    def has(self, *keys: str) -> bool:
-        return set(keys) <= self.known.keys()
-
-    def but(self, *keys: str) -> Row:
-        names = [self.columns.get(key, key) for key in keys]
-        return {str(name): value for name, value in self.given.items() if name not in names}
-
-    def wrong(self, key: str, must: str, value: Any = None) -> ValueError:
-        shown = repr(self.known.get(key) if value is None else value)
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        return ValueError(f"{self.place}: `{self.columns.get(key, key)}={shown}` {must}.")
-
-    def text(self, key: str, value: Any) -> str:
-        if not isinstance(value, str):
-            raise self.wrong(key, "must be text", value)
-        return value
-
-    def number(self, key: str, value: Any) -> float:
-        try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise self.wrong(key, "must be a finite number", value)
-        return number
-
-    def flag(self, key: str) -> bool:
-        value = self.known.get(key, False)
-        meanings = {"true": True, "1": True, "false": False, "0": False, "": False}
-        if isinstance(value, bool | int | str) and str(value).lower() in meanings:
-            return meanings[str(value).lower()]
-        raise self.wrong(key, "must be true or false")
-
-    def items(self, key: str) -> list[Any]:
-        value = self.known[key]
-        if isinstance(value, str):  # as in a cell of a CSV file
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
-                raise self.wrong(key, "must be a list, or one written as JSON") from None
-        value = value.tolist() if hasattr(value, "tolist") else value
-        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-            raise self.wrong(key, "must be a list")
-        return list(value)
-
-    def prompt(self) -> Any:
-        prompt = self.known.get("prompt")
-        if isinstance(prompt, str):
-            return prompt
-        if prompt is None:
-            raise ValueError(f"{self.place} has no `{self.columns.get('prompt', 'prompt')}`: give one.")
-        return self.messages("prompt")
-
-    def messages(self, key: str) -> list[dict[str, str]]:
-        value = self.known[key]
-        if not is_chat(value) or not all(isinstance(m["content"], str) and isinstance(m["role"], str) for m in value):
-            raise self.wrong(key, "must be text, or a list of chat messages with the keys 'role' and 'content'")
-        return value
-
-
-def _pair(fields: _Fields) -> tuple[Any, list[str], list[int]]:
+def _pair(fields: Fields) -> tuple[Any, list[str], list[int]]:
     chosen, rejected = fields.known["chosen"], fields.known["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
-        prompt, responses = _texts(fields, chosen, rejected)
+        prompt, responses = _texts(fields, fields.text("chosen"), fields.text("rejected"))
     elif isinstance(chosen, str) or isinstance(rejected, str):
         raise fields.wrong("rejected", "must be text where `chosen` is, and chat messages where that is")
     else:
@@ -174,7 +106,7 @@ def _pair(fields: _Fields) -> tuple[Any, list[str], list[int]]:
     return prompt, responses, [0, 0] if fields.flag("tie") else [0, 1]
 
 
-def _texts(fields: _Fields, chosen: str, rejected: str) -> tuple[Any, list[str]]:
+def _texts(fields: Fields, chosen: str, rejected: str) -> tuple[Any, list[str]]:
     """Two texts; without a prompt, what they have in common up to the assistant's last turn is the prompt."""
     if fields.has("prompt"):
         return fields.prompt(), [chosen, rejected]
@@ -183,21 +115,19 @@ def _texts(fields: _Fields, chosen: str, rejected: str) -> tuple[Any, list[str]]
     if end < 0:
         raise fields.wrong(
             "chosen",
-            f"and `{fields.columns.get('rejected', 'rejected')}` have no {ASSISTANT!r} in common, at which their "
-            "prompt would end: give a `prompt`, or transcripts",
+            f"and `{fields.names['rejected']}` have no {ASSISTANT!r} in common, at which their prompt "
+            "would end: give a `prompt`, or transcripts",
         )
     end += len(ASSISTANT)
     return chosen[:end], [chosen[end:], rejected[end:]]
 
 
-def _chats(fields: _Fields) -> tuple[Any, list[str]]:
+def _chats(fields: Fields) -> tuple[Any, list[str]]:
     """Two conversations, the last message of each being the response, and those before it their prompt."""
     chosen, rejected = fields.messages("chosen"), fields.messages("rejected")
     before = chosen[:-1]
     if rejected[:-1] != before:
-        raise fields.wrong(
-            "rejected", f"must begin as `{fields.columns.get('chosen', 'chosen')}` does, and differ in its last message"
-        )
+        raise fields.wrong("rejected", f"must begin as `{fields.names['chosen']}` does, and differ in its last message")
     for key, messages in {"chosen": chosen, "rejected": rejected}.items():
         if messages[-1]["role"] != "assistant":
             raise fields.wrong(key, "must end with a message of the assistant, which is the response")
@@ -211,7 +141,7 @@ def _chats(fields: _Fields) -> tuple[Any, list[str]]:
     return before if before[: len(prompt)] == prompt else prompt + before, responses
 
 
-def _ranking(fields: _Fields) -> tuple[Any, list[str], list[int]]:
+def _ranking(fields: Fields) -> tuple[Any, list[str], list[int]]:
     responses = [fields.text("responses", response) for response in fields.items("responses")]
     if len(responses) < 2:
         raise fields.wrong("responses", "must be two responses or more")
@@ -228,11 +158,11 @@ def _ranking(fields: _Fields) -> tuple[Any, list[str], list[int]]:
     return fields.prompt(), [responses[i] for i in order], [places[numbers[i]] for i in order]
 
 
-def _summaries(fields: _Fields) -> tuple[Any, list[str], list[int]]:
+def _summaries(fields: Fields) -> tuple[Any, list[str], list[int]]:
     """A comparison of summaries as OpenAI published them."""
     summaries, info = fields.items("summaries"), fields.known["info"]
     found = [summary.get("text") if isinstance(summary, Mapping) else summary for summary in summaries]
-    texts = [text for text in found if isinstance(text, str)]
+    texts = [fields.text("summaries", text) for text in found if isinstance(text, str)]
     if not len(found) == len(texts) == 2:
         raise fields.wrong("summaries", "must be two, each with a 'text'")
     choice = fields.number("choice", fields.known["choice"])
@@ -242,6 +172,6 @@ def _summaries(fields: _Fields) -> tuple[Any, list[str], list[int]]:
     template = next((template for name, template in TEMPLATES.items() if name in present), None)
     if template is None or not all(isinstance(text, str) for text in present.values()):
         raise fields.wrong("info", "must have the text of a 'post' or an 'article'")
-    prompt = template.format(**{"subreddit": "", "title": "", **present})
+    prompt = fields.text("info", template.format(**{"subreddit": "", "title": "", **present}))
     better = int(choice)
     return prompt, [texts[better], texts[1 - better]], [0, 1]

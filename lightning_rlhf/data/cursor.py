@@ -18,7 +18,7 @@ class Cursor:
     epoch: int = 0
     position: int = 0
 
-    def advance(self, batches: int) -> None:
+    def advance(self, batches: float) -> None:
         """One batch on; after ``batches`` of them a new pass begins."""
         self.position += 1
         if self.position >= batches:

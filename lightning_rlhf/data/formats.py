@@ -6,70 +6,78 @@ import csv
 import gzip
 import json
 import os
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from lightning_rlhf.models.texts import is_chat
 
-__all__ = ["Row", "is_chat", "located_rows", "read_rows"]
+__all__ = ["Row", "is_chat", "located", "located_rows"]
 
 Row = dict[str, Any]
 
 
-def read_rows(source: Any, argument: str, text_key: str) -> list[Row]:
-    """Rows as dicts, in the order given.
-
-    Args:
-        source: As for :func:`located_rows`.
-        argument: What the user calls the source, for errors.
-        text_key: The key that an item which is no dict stands for.
-
-    Returns:
-        At least one row.
-    """
-    return [row for _, row in located_rows(source, argument, text_key)]
-
-
 def located_rows(source: Any, argument: str, text_key: str) -> list[tuple[str, Row]]:
-    """Rows as dicts, in the order given, each with the words for where it is from.
+    """All of :func:`located`.
 
     Args:
-        source: The path of a file: CSV with a header, Parquet, or else a JSON object a line (perhaps ``.gz``); or
-            anything whose items are dicts, strings or lists of chat messages, such as a list or a data set of
-            Hugging Face.
-        argument: What the user calls the source, for errors.
+        source: Of rows.
+        argument: What the user calls it, for errors.
         text_key: The key that an item which is no dict stands for.
 
     Returns:
         At least one row.
 
     Raises:
+        ValueError: If there is none.
+    """
+    rows = list(located(source, argument, text_key))
+    if not rows:
+        raise ValueError(f"`{argument}` is empty: give at least one row.")
+    return rows
+
+
+def located(source: Any, argument: str, text_key: str) -> Iterator[tuple[str, Row]]:
+    """Rows as dicts, in the order given, each with the words for where it is from.
+
+    Args:
+        source: The path of a file: CSV with a header, Parquet, SQLite as ``lightning-rlhf
+            collect`` writes it, or else a JSON object a line (perhaps ``.gz``); or anything whose items are dicts,
+            strings or lists of chat messages, such as a list or a data set of Hugging Face.
+        argument: What the user calls the source, for errors.
+        text_key: The key that an item which is no dict stands for.
+
+    Yields:
+        Place and row.
+
+    Raises:
         FileNotFoundError: If the file is missing.
         ImportError: If it is a Parquet file, and what reads it is not installed.
-        ValueError: If there is no row, or one that is not understood.
+        TypeError: If the source holds no rows.
+        ValueError: If a line is not understood.
     """
     if isinstance(source, str | os.PathLike):
         items = _read_file(Path(source), argument)
     elif isinstance(source, Mapping) or not isinstance(source, Iterable):
+        shown = repr(source) if len(repr(source)) <= 80 else f"{repr(source)[:77]}..."
         raise TypeError(
-            f"`{argument}={source!r}` must be a list of rows, or the path of a JSONL file, of CSV or of Parquet."
+            f"`{argument}={shown}` must be a list of rows, or the path of a JSONL file, of CSV or of Parquet; of a "
+            "data set with several splits, one of them."
         )
     else:
         items = ((f"`{argument}[{number}]`", item) for number, item in enumerate(source))
-    rows = [(place, dict(item) if isinstance(item, Mapping) else {text_key: item}) for place, item in items]
-    if not rows:
-        raise ValueError(f"`{argument}` is empty: give at least one row.")
-    return rows
+    for place, item in items:
+        yield place, dict(item) if isinstance(item, Mapping) else {text_key: item}
 
 
 def _read_file(path: Path, argument: str) -> Iterator[tuple[str, Any]]:
     name = f"`{argument}={str(path)!r}`"
     if not path.is_file():
         raise FileNotFoundError(f"{name}: there is no such file (looked in {Path.cwd()}).")
-    readers: dict[str, Callable[[Path, str], Iterator[tuple[int, Any]]]] = {".csv": _csv, ".parquet": _parquet}
-    unit = "row" if path.suffix == ".parquet" else "line"
-    for number, item in readers.get(path.suffix, _jsonl)(path, name):
+    unit, reader = _READERS.get(path.suffix, ("line", _jsonl))
+    for number, item in reader(path, name):
         yield f"{name}: {unit} {number}", item
 
 
@@ -109,3 +117,22 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[int, Row]]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} is no Parquet: {error}") from error
     yield from enumerate(rows)
+
+
+def _sqlite(path: Path, name: str) -> Iterator[tuple[int, Row]]:
+    """Reads a table, or view, of rows as JSON; a server may be writing to the file."""
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)) as connection:
+            rows = connection.execute("SELECT id, row FROM preferences").fetchall()
+    except sqlite3.Error as error:
+        raise ValueError(f"{name} is no database of `lightning-rlhf collect`: {error}.") from error
+    for number, row in rows:
+        yield number, json.loads(row)
+
+
+_READERS: dict[str, tuple[str, Callable[[Path, str], Iterator[tuple[int, Any]]]]] = {
+    ".csv": ("line", _csv),
+    ".parquet": ("row", _parquet),
+    ".sqlite": ("answer", _sqlite),
+}
+"""By a file's suffix what its parts are called, and what reads them."""

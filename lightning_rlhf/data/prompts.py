@@ -8,8 +8,9 @@ from typing import Any
 
 from lightning_rlhf.batches import PromptBatch
 from lightning_rlhf.data.base import RLHFDataModule
-from lightning_rlhf.data.formats import Row, is_chat, read_rows
-from lightning_rlhf.data.tokens import pad_id, padded, prompt_ids
+from lightning_rlhf.data.fields import Fields
+from lightning_rlhf.data.formats import Row, is_chat
+from lightning_rlhf.data.tokens import Tokenized, at, pad_id, padded, prompt_ids
 
 Prompts = Sequence[Any] | str | os.PathLike[str] | None
 """A list, or the path of a file; the command line would make one string of a list, did it not come first."""
@@ -20,14 +21,13 @@ class PromptDataModule(RLHFDataModule):
 
     Args:
         prompts: Strings, lists of chat messages, or dicts with the key ``prompt``, whose other keys go to the reward;
-            or the path of a JSONL, CSV or Parquet file of any of these. May be left out where nothing is trained.
+            or the path of a JSONL, CSV or Parquet file of any of these, or a data set or stream of Hugging Face. May be
+            left out where nothing is trained.
         validation: Prompts of the same forms, for validation while training and for ``Trainer.validate``.
         test: Prompts for ``Trainer.test``.
         predict: Prompts for ``Trainer.predict``.
-        batch_size: Prompts of an iteration, per process; also of a batch in evaluation.
-        shuffle: Whether every epoch has an order of its own.
-        seed: Of the orders; what ``seed_everything`` set, else 0, by default.
-        num_workers: Processes that collate.
+        **kwargs: Passed to :class:`RLHFDataModule`: batch_size (prompts of an iteration, per process), columns, splits,
+            duplicates, lengths (rewards get a prompt that is cut as it was given), shuffle, seed, num_workers.
 
     Example:
         >>> data = PromptDataModule([{"prompt": "2 + 2 =", "answer": "4"}], batch_size=1)
@@ -36,6 +36,8 @@ class PromptDataModule(RLHFDataModule):
     """
 
     argument = "prompts"
+    keys = ("prompt",)
+    has_responses = False
 
     def __init__(
         self,
@@ -44,36 +46,35 @@ class PromptDataModule(RLHFDataModule):
         validation: Prompts = None,
         test: Prompts = None,
         predict: Prompts = None,
-        batch_size: int = 32,
-        shuffle: bool = True,
-        seed: int | None = None,
-        num_workers: int = 0,
+        **kwargs: Any,
     ) -> None:
-        held_out = {"validation": validation, "test": test, "predict": predict}
-        super().__init__(
-            _prompt_rows(prompts, "prompts"),
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=seed,
-            num_workers=num_workers,
-            held_out={name: _prompt_rows(some, name) for name, some in held_out.items()},
-        )
-        rows = [row for some in (self.rows or [], *self.held_out.values()) for row in some]
-        self.metadata_keys = sorted({key for row in rows for key in row} - {"prompt"})
+        super().__init__(prompts, held_out={"validation": validation, "test": test, "predict": predict}, **kwargs)
 
-    def tokenized(self, row: Row, what: str) -> tuple[list[int], Row]:
-        """The prompt's tokens, and the row."""
-        try:
-            ids = prompt_ids(row["prompt"], self.tokenizer, self.has_encoder)
-        except ValueError as error:
-            raise ValueError(f"{what}: {error}") from error
-        self.check_length(len(ids), 0, what)
-        return ids, row
+    def parsed(self, row: Row, place: str) -> list[Row]:
+        """A dict with ``prompt`` and all other keys."""
+        fields = Fields(row, place, self.columns, self.keys)
+        name = fields.names["prompt"]
+        if not fields.has("prompt"):
+            raise ValueError(f"{place} has no key {name!r}: it has {sorted(map(str, row))}.")
+        return [{"prompt": fields.prompt(), **{str(key): value for key, value in row.items() if key != name}}]
 
-    def collate(self, items: Sequence[tuple[list[int], Row]]) -> PromptBatch:
+    def texts(self, row: Row) -> list[Any]:
+        """The prompt."""
+        return [row["prompt"]]
+
+    def metadata(self, row: Row) -> Row:
+        """What goes to the reward."""
+        return {key: value for key, value in row.items() if key != "prompt"}
+
+    def tokenized(self, row: Row, what: str) -> Tokenized:
+        """The prompt's tokens."""
+        with at(what):
+            return Tokenized(prompt_ids(row["prompt"], self.tokenizer, self.has_encoder), [], row)
+
+    def collate(self, items: Sequence[Tokenized]) -> PromptBatch:
         """Prompts side by side, padded left; a key that a row lacks is None."""
-        metadata = {key: [row.get(key) for _, row in items] for key in self.metadata_keys}
-        return _batch([ids for ids, _ in items], [row["prompt"] for _, row in items], metadata, self.tokenizer)
+        prompts = [item.row["prompt"] for item in items]
+        return _batch([item.prompt for item in items], prompts, self.columns_of(items), self.tokenizer)
 
 
 def as_prompt_batch(batch: Any, tokenizer: Any, has_encoder: bool = False) -> Any:
@@ -100,13 +101,3 @@ def as_prompt_batch(batch: Any, tokenizer: Any, has_encoder: bool = False) -> An
 def _batch(ids: list[list[int]], prompts: list[Any], metadata: dict[str, list[Any]], tokenizer: Any) -> PromptBatch:
     tokens, mask = padded(ids, pad_id(tokenizer), "left")
     return PromptBatch(prompt_tokens=tokens, prompt_mask=mask, prompts=prompts, metadata=metadata)
-
-
-def _prompt_rows(source: Any, argument: str) -> list[Row] | None:
-    if source is None:
-        return None
-    rows = read_rows(source, argument, "prompt")
-    for number, row in enumerate(rows):
-        if "prompt" not in row:
-            raise ValueError(f"`{argument}[{number}]` has no key 'prompt': it has {sorted(row)}.")
-    return rows

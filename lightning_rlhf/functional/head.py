@@ -40,12 +40,19 @@ def head_bytes(
     some, narrow = tokens * entries * wide.itemsize, 0 if dtype == wide else tokens * entries * dtype.itemsize
     added = max(tokens, entries if trains else 0) * width * dtype.itemsize
     kept = tokens * vocabulary * dtype.itemsize if _is_kept(tokens, vocabulary, dtype, kept_bytes) else 0
-    logits = min(tokens, _rows_at_once(vocabulary)) * vocabulary * dtype.itemsize
+    logits = min(tokens, rows_at_once(vocabulary)) * vocabulary * dtype.itemsize
     return kept, logits, max(2 * some, some + narrow + added)  # an entropy's gradient is as large as a log-prob's
 
 
-def _rows_at_once(vocabulary: int) -> int:
-    """Tokens whose logits a product makes in the forward pass."""
+def rows_at_once(vocabulary: int) -> int:
+    """Tokens whose logits a product makes in the forward pass.
+
+    Args:
+        vocabulary: Entries of it.
+
+    Returns:
+        Their number.
+    """
     return max(16, LOGITS_AT_ONCE // vocabulary)
 
 
@@ -113,7 +120,7 @@ class _HeadLogprobs(torch.autograd.Function):
         is_kept = _is_kept(len(flat), vocabulary, states.dtype, kept_bytes)
         probs = flat.new_empty(len(flat), vocabulary) if is_kept and any(ctx.needs_input_grad) else None
         log_mass = torch.empty_like(logprobs)  # the logarithm of what a softmax divides by
-        rows = _rows_at_once(vocabulary)
+        rows = rows_at_once(vocabulary)
         read = max(1, LOGITS_READ_AT_ONCE // vocabulary)
         for start in range(0, len(flat), rows):
             part = slice(start, start + rows)

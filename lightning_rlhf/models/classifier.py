@@ -149,6 +149,26 @@ class Classifier:
         """
         return torch.cat([self._run(part, pad) for part, pad in self._passes(rows)])
 
+    def token_logits(self, rows: Sequence[Row], layer: str) -> list[Float[Tensor, "tokens labels"]]:
+        """The logits at every token of texts, in one forward pass.
+
+        Args:
+            rows: Without padding.
+            layer: Of the model, that makes logits of the state at a token.
+
+        Returns:
+            In single precision, on the CPU, one for each row.
+        """
+        seen: list[Tensor] = []
+        handle = self.model.get_submodule(layer).register_forward_hook(lambda _, inputs, logits: seen.append(logits))
+        try:
+            for part, pad in self._passes(rows):
+                self._run(part, pad)
+        finally:
+            handle.remove()
+        logits = [row for made in seen for row in made.float().cpu()]
+        return [of_row[: len(row["input_ids"])] for of_row, row in zip(logits, rows, strict=True)]
+
     def fits_one_pass(self, rows: Sequence[Row]) -> bool:
         """Whether :meth:`logits` makes one forward pass of rows, and not one of each.
 
@@ -184,12 +204,12 @@ class Classifier:
         """
         return self.label_names.index(label) if isinstance(label, str) else label or 0
 
-    def check_label(self, label: str | int | None, output: str, name: str) -> None:
+    def check_label(self, label: str | int | None, output: str | None, name: str) -> None:
         """Refuses to read what it does not say.
 
         Args:
             label: Name or number of the output that is to be read.
-            output: ``"logit"`` or ``"probability"``.
+            output: ``"logit"``, ``"probability"``, or None for what its export says.
             name: Of the reward model, for errors.
 
         Raises:
@@ -201,7 +221,7 @@ class Classifier:
             raise ValueError(
                 f"`label={label!r}` of the reward model {name!r} must be one of {', '.join(map(repr, names))}."
             )
-        if self.labels == 1 and output == "probability":
+        if self.labels == 1 and output == "probability" and self.stored.get("output") != output:
             raise ValueError(
                 f"`output='probability'`: the reward model {name!r} has one output, which is a score and no "
                 "probability. Use `output='logit'`."
@@ -214,8 +234,8 @@ class Classifier:
         fill = {"input_ids": pad or 0, "token_type_ids": 0}
         tokens = {
             name: torch.tensor([row[name] + [fill[name]] * (width - len(row[name])) for row in rows]).to(self.device)
-            for name in rows[0]
-            if name == "input_ids" or self.reads_types
+            for name in fill
+            if name in rows[0] and (name == "input_ids" or self.reads_types)
         }
         mask = (torch.arange(width) < lengths[:, None]).long().to(self.device)
         # The precision of what trains does not reach into a frozen model of its own type.

@@ -70,7 +70,8 @@ class HeadedModel(nn.Module):
             arguments["decoder_attention_mask"] = attention_mask
         states = self.backbone(**{n: value for n, value in arguments.items() if n in self.accepted}).last_hidden_state
         last = (attention_mask != 0).sum(1) - 1
-        return SequenceClassifierOutput(logits=self.score(states[torch.arange(len(last), device=last.device), last]))
+        logits = self.score(states)  # at every token, as transformers' classifiers do
+        return SequenceClassifierOutput(logits=logits[torch.arange(len(last), device=last.device), last])
 
     # --- what transformers' models have too -----------------------------------------------------------------------
 

@@ -11,8 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lightning_rlhf.batches import ImitationBatch, Rollouts
+from lightning_rlhf.functional.head import rows_at_once
 from lightning_rlhf.models.branches import SharedValues
 from lightning_rlhf.models.decoder import Decoder
+from lightning_rlhf.models.noise import noisy
 from lightning_rlhf.models.passes import in_pieces
 from lightning_rlhf.models.reading import Responses
 from lightning_rlhf.models.room import check_room
@@ -76,6 +78,9 @@ class Policy(nn.Module):
         value_head: Reads the states that the language-modelling head reads.
         value_branch: Says values instead, from the decoder's lower blocks, or with an adapter of its own. The sampler
             does not ask it.
+
+    Attributes:
+        noise_alpha: How much noise :func:`noisy` adds while it trains.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.value_head = value_head
         self.value_branch = value_branch
+        self.noise_alpha = 0.0
 
     def forward(self, batch: Responses, with_values: bool = True) -> PolicyOutput:
         """Log-probs, entropies and values of responses.
@@ -108,7 +114,9 @@ class Policy(nn.Module):
         reading = self.decoder.reading(batch, getattr(batch, "trunk", None))
         branch = self.value_branch if with_values else None
         with nullcontext([]) if branch is None else branch.listening(self.decoder, reading) as heard:
-            said = self.decoder.read(reading, self.temperature)
+            is_noisy = self.training and self.noise_alpha > 0.0
+            with noisy(self.decoder.model, reading, batch, self.noise_alpha) if is_noisy else nullcontext():
+                said = self.decoder.read(reading, self.temperature)
         values = None
         if branch is not None:
             values = placed(branch(self.decoder, reading, heard), reading, batch)
@@ -130,6 +138,26 @@ class Policy(nn.Module):
             return placed(self.value_branch.alone(self.decoder, reading), reading, batch)
         assert self.value_head is not None
         return placed(self.value_head(head_states(self.decoder, reading)), reading, batch)
+
+    @torch.no_grad()
+    def measured(self, batch: Responses) -> tuple[Float[Tensor, "batch response"], Bool[Tensor, "batch response"]]:
+        """How likely responses are, and where they are what the policy would have written.
+
+        Args:
+            batch: As :meth:`forward` takes it.
+
+        Returns:
+            Log-probs, and True where a token is the likeliest one.
+        """
+        reading = self.decoder.reading(batch, None)
+        said = self.decoder.read(reading, self.temperature)
+        head = self.decoder.model.get_output_embeddings()
+        states, targets = said.states.flatten(0, 1), reading.targets.flatten()
+        rows = rows_at_once(head.weight.shape[0])
+        # What some models do to logits behind the head leaves the largest the largest.
+        likeliest = [head(some).argmax(-1) for some in states.split(rows)]
+        is_likeliest = (torch.cat(likeliest) == targets).view(reading.targets.shape)
+        return placed(said.logprobs, reading, batch), placed(is_likeliest, reading, batch)
 
     def last_states(
         self, tokens: Int[Tensor, "texts total"], mask: Bool[Tensor, "texts total"]

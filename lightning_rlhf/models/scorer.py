@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lightning_rlhf.batches import ImitationBatch, PreferenceBatch
+from lightning_rlhf.batches import ImitationBatch, PreferenceBatch, ResponseBatch
 from lightning_rlhf.models.attention import install, uninstall
 from lightning_rlhf.models.blocks import find_blocks, hooked
 from lightning_rlhf.models.decoder import Decoder
@@ -58,7 +58,7 @@ class Scorer(Decoder):
         scores = self.scored(batch.rows())
         return torch.zeros_like(is_there, dtype=scores.dtype).masked_scatter(is_there, scores)
 
-    def scored(self, rows: ImitationBatch) -> Float[Tensor, " rows"]:
+    def scored(self, rows: ResponseBatch) -> Float[Tensor, " rows"]:
         """The score of every row.
 
         Args:
@@ -74,7 +74,22 @@ class Scorer(Decoder):
             scores = self.whole(tokens, mask)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
-    def last_states(self, rows: ImitationBatch) -> Float[Tensor, "rows width"]:
+    def scores_at(self, rows: ResponseBatch, mask: Bool[Tensor, "rows response"]) -> Float[Tensor, "rows response"]:
+        """The scores of what was written up to some of the tokens, read at each of them.
+
+        Args:
+            rows: Prompts and responses.
+            mask: True at tokens of the responses at which a score is read.
+
+        Returns:
+            In single precision or more, with gradients; 0 elsewhere.
+        """
+        assert self.head is not None, "a score that is read at the end of all alone"
+        scores = torch.squeeze_copy(self.model.get_submodule(self.head)(self.states_at(rows, mask)), -1)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return torch.zeros_like(mask, dtype=scores.dtype).masked_scatter(mask, scores)
+
+    def last_states(self, rows: ResponseBatch) -> Float[Tensor, "rows width"]:
         """The states at the last tokens, where the backbone is causal.
 
         Args:
@@ -82,6 +97,19 @@ class Scorer(Decoder):
 
         Returns:
             A state of each.
+        """
+        columns = torch.arange(rows.response_mask.shape[1], device=rows.response_mask.device)
+        return self.states_at(rows, columns == rows.response_mask.sum(1, keepdim=True) - 1)
+
+    def states_at(self, rows: ResponseBatch, mask: Bool[Tensor, "rows response"]) -> Float[Tensor, "chosen width"]:
+        """The states at some of the responses' tokens, where the backbone is causal.
+
+        Args:
+            rows: Prompts and responses.
+            mask: True at these tokens.
+
+        Returns:
+            A state of each, row by row.
         """
         # A token more, which nobody reads: the state that would predict it is that of the last one.
         longer = ImitationBatch(
@@ -94,11 +122,14 @@ class Scorer(Decoder):
         if first is not None:
             reading = unpadded(longer, None, first)
             assert reading.chosen is not None
-            last = reading.chosen[longer.response_mask.sum(1).cumsum(0) - 1]
-            return self._states(reading.tokens, reading.mask, reading.positions)[0].index_select(0, last)
-        tokens, mask = self._joined(rows)
-        states = self._states(tokens, mask.long(), None)
-        return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+            places = torch.zeros_like(longer.response_mask, dtype=torch.long)
+            places = places.masked_scatter(longer.response_mask, reading.chosen)
+            states = self._states(reading.tokens, reading.mask, reading.positions)[0]
+            return states.index_select(0, places[:, 1:][mask])
+        tokens, is_real = self._joined(rows)
+        states = self._states(tokens, is_real.long(), None)
+        row, column = mask.nonzero().unbind(1)
+        return states[row, rows.prompt_mask.sum(1)[row] + column]
 
     def whole(self, tokens: Int[Tensor, "rows total"], mask: Bool[Tensor, "rows total"]) -> Float[Tensor, " rows"]:
         """The scores of texts, by the classifier's own forward.
@@ -127,7 +158,7 @@ class Scorer(Decoder):
         return self.model.base_model(**arguments).last_hidden_state
 
     @staticmethod
-    def _joined(rows: ImitationBatch) -> tuple[Tensor, Tensor]:
+    def _joined(rows: ResponseBatch) -> tuple[Tensor, Tensor]:
         """Prompts with their responses, padded on the right, no wider than they need be."""
         mask = torch.cat([rows.prompt_mask, rows.response_mask], dim=1)
         tokens = torch.cat([rows.prompt_tokens, rows.response_tokens], dim=1)

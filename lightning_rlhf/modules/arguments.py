@@ -13,8 +13,7 @@ from lightning_rlhf.dotted import dotted_name
 from lightning_rlhf.generation.sampling import Sampling
 from lightning_rlhf.models.loading import ModelSpec
 from lightning_rlhf.modules.optimization import plain_factory
-from lightning_rlhf.rewards.dense import DenseReward
-from lightning_rlhf.rewards.model import RewardModel
+from lightning_rlhf.rewards.stored import StoredReward
 
 _LEFT_OUT = object()
 
@@ -114,7 +113,7 @@ def _plain(value: Any) -> Any:
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, ModelSpec | RewardModel | DenseReward):
+    if isinstance(value, ModelSpec | StoredReward):
         return value.plain() or _LEFT_OUT
     if isinstance(value, Sampling):
         return value.plain()

@@ -224,7 +224,7 @@ class PromptEvaluation(EvaluatedModule):
         """Writes, scores and measures. If a reward or metric fails anywhere, all processes stop."""
         rollouts = self.written(batch, numbers, loader).select(counts.nonzero().squeeze(1))
         nothing = torch.zeros(len(rollouts), dtype=torch.float32, device=self.device)
-        scores = Scores(total=nothing, by_name={reward.name: nothing for reward in self.reward.rewards})
+        scores = Scores(total=nothing, by_name=dict.fromkeys(self.reward.names, nothing))
         metrics: dict[str, list[float]] = {}
         error: Exception | None = None
         try:

@@ -24,7 +24,8 @@ from lightning_rlhf.modules.resuming import STATE
 from lightning_rlhf.modules.sampler import SamplerCorrection
 from lightning_rlhf.modules.scaling import RewardScaling, ScoreScaler
 from lightning_rlhf.modules.scoring import scored
-from lightning_rlhf.rewards.combine import CombinedReward, RewardLike
+from lightning_rlhf.rewards.callables import RewardLike
+from lightning_rlhf.rewards.combine import CombinedReward
 from lightning_rlhf.rewards.metrics import MetricFunction, MetricLike
 
 

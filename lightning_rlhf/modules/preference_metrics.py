@@ -81,9 +81,11 @@ class PreferenceMetrics:
 
     Args:
         device: Where the pairs are.
+        prefix: Of the names under which numbers are logged.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, prefix: str = "preference") -> None:
+        self.prefix = prefix
         self.device = device
         self.calibration = self._begun(CalibrationError())
         self.accuracy = self._begun(PreferenceAccuracy())
@@ -109,7 +111,7 @@ class PreferenceMetrics:
         metrics: dict[str, Metric] = {"accuracy": self.accuracy, "calibration_error": self.calibration}
         metrics |= {f"accuracy/{name}": self._group(name) for name in names}
         numbers = {name: float(metric.compute()) for name, metric in metrics.items()}
-        return {f"preference/{name}": number for name, number in numbers.items() if number == number}
+        return {f"{self.prefix}/{name}": number for name, number in numbers.items() if number == number}
 
     def _group(self, name: str) -> PreferenceAccuracy:
         if name not in self.groups:

@@ -52,6 +52,7 @@ class ScoringModule(OfflineModule):
 
     network_argument = "model"
     policy: Any  # a ScoringNetwork, under the name that every module has for what trains
+    network: type[nn.Module] = ScoringNetwork
     mean, std = 0.0, 1.0
 
     @property
@@ -86,7 +87,7 @@ class ScoringModule(OfflineModule):
         freeze_weights(scorer, self.spec.num_layers_unfrozen)
         for parameter in scorer.head_parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        self.policy = ScoringNetwork(scorer).train()
+        self.policy = self.network(scorer).train()
         self.compile_policy()
         self.special_tokens = SpecialTokens((end_id(self.tokenizer),), scorer.pad)
 
@@ -104,7 +105,7 @@ class ScoringModule(OfflineModule):
     # --- scores ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[Any], responses: Sequence[str], batch_size: int = 32) -> list[float]:
+    def score(self, prompts: Sequence[Any], responses: Sequence[str], batch_size: int = 32) -> list[Any]:
         """Scores responses, mean and standard deviation taken off.
 
         Args:
@@ -113,7 +114,7 @@ class ScoringModule(OfflineModule):
             batch_size: Rows that are read side by side.
 
         Returns:
-            A number each.
+            What :meth:`scores_of` gives, one after the other.
 
         Raises:
             ValueError: If these are no lists of one length, or a text is longer than what the model has room for.
@@ -124,18 +125,40 @@ class ScoringModule(OfflineModule):
             )
         if not self.is_built:
             self.configure_model()
-        scores: list[float] = []
+        scores: list[Any] = []
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
-            prompt = [prompt_ids(prompt, self.tokenizer) for prompt in prompts[rows]]
-            response = [[response_ids(response, self.tokenizer)] for response in responses[rows]]
-            self._check_room(start, [len(p) + len(r) for p, (r,) in zip(prompt, response, strict=True)])
-            batch = preference_batch(prompt, response, self.special_tokens.pad).to(self.device)
             with self.quiet():
-                scores += self.normalized(self.policy(batch))[:, 0].tolist()
+                scores += self.scores_of(prompts[rows], responses[rows], start)
         return scores
 
-    def _check_room(self, start: int, lengths: list[int]) -> None:
+    def scores_of(self, prompts: Sequence[Any], responses: Sequence[str], start: int) -> list[Any]:
+        """Scores responses side by side.
+
+        Args:
+            prompts: Strings or lists of chat messages.
+            responses: One to each.
+            start: Number of the first, for errors.
+
+        Returns:
+            A number each.
+        """
+        prompt = [prompt_ids(prompt, self.tokenizer) for prompt in prompts]
+        response = [[response_ids(response, self.tokenizer)] for response in responses]
+        self.check_room(start, [len(p) + len(r) for p, (r,) in zip(prompt, response, strict=True)])
+        batch = preference_batch(prompt, response, self.special_tokens.pad).to(self.device)
+        return self.normalized(self.policy(batch))[:, 0].tolist()
+
+    def check_room(self, start: int, lengths: list[int]) -> None:
+        """Refuses texts that the model cannot read.
+
+        Args:
+            start: Number of the first.
+            lengths: Of each, in tokens.
+
+        Raises:
+            ValueError: If one is too long.
+        """
         limit = self.max_prompt_tokens
         if limit is not None and max(lengths) > limit:
             number = start + lengths.index(max(lengths))
@@ -190,11 +213,16 @@ class ScoringModule(OfflineModule):
             self.configure_model()
         super().save_pretrained(folder, merge_adapter and self.policy.decoder.adapters is not None)
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How an export is to be read, for its config."""
+        return {"reads": "apart"}
+
     def write(self, folder: str, weights: Mapping[str, Tensor] | None, merge_adapter: bool) -> None:
         """Writes the model, and in its config how it is to be read."""
         scorer = self.policy.decoder
         model = scorer.model
-        how = {"mean": self.mean, "std": self.std, "reads": "apart"}
+        how = {"mean": self.mean, "std": self.std, **self.reading}
         if scorer.adapters is not None and not merge_adapter:
             write_reward_adapter(scorer, self.spec, folder, how, weights)
             return

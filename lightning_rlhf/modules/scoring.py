@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning_rlhf.batches import Rollouts, Scores
 from lightning_rlhf.modules.ranks import agree, most_over_ranks, take_over
 from lightning_rlhf.rewards.combine import CombinedReward
 from lightning_rlhf.rewards.model import RewardModel
+from lightning_rlhf.rewards.threads import background
 from lightning_rlhf.strategies.sharding import shard_classifier
 
 
@@ -42,9 +43,11 @@ def scored(
         if meanwhile is None:
             scores = reward(rollouts, tokenizer)
         else:
-            with ThreadPoolExecutor(1, "reward") as pool:
-                coming = pool.submit(reward, rollouts, tokenizer)
+            coming = background().submit(reward, rollouts, tokenizer)
+            try:
                 meanwhile()
+            finally:
+                wait([coming])
             scores = coming.result()
     except Exception as failure:
         error = failure

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_rlhf.batches import Rollouts, Scores
-from lightning_rlhf.dotted import imported
 from lightning_rlhf.functional.advantages import token_rewards
-from lightning_rlhf.models.classifier import is_classifier_object
-from lightning_rlhf.rewards.functions import Reward, RewardFunction, as_tensor
+from lightning_rlhf.rewards.callables import RewardLike, as_callable
+from lightning_rlhf.rewards.ensemble import RewardEnsemble
+from lightning_rlhf.rewards.functions import RewardFunction, as_tensor
 from lightning_rlhf.rewards.model import RewardModel
-
-RewardLike = Sequence[tuple[Reward | str, float] | Reward | str] | Reward | str
-"""A callable, its dotted name, a reward model (a folder, hub name or object), or a list of these, each alone or as a
-pair with its weight. The command line writes a value as the first of these that takes it, and a callable takes
-everything."""
 
 RESERVED_NAMES = ("mean", "std", "total")
 """What is logged under these names is the sum of all rewards."""
@@ -31,6 +25,11 @@ class CombinedReward:
 
     Args:
         rewards: What :data:`RewardLike` allows.
+
+    Attributes:
+        rewards: All that are called, members of ensembles included.
+        ensembles: By name, each with the names of its members.
+        weight_by_name: Of all that count in the sum.
     """
 
     def __init__(self, rewards: RewardLike) -> None:
@@ -40,15 +39,31 @@ class CombinedReward:
         pairs = [item if isinstance(item, tuple | list) else (item, 1.0) for item in items]
         self.weights = [float(weight) for _, weight in pairs]
         self.rewards: list[RewardFunction] = []
-        for reward, _ in pairs:
-            function = RewardFunction(as_callable(reward))
-            taken = {*RESERVED_NAMES, *(other.name for other in self.rewards)}
-            number = 2
-            name = function.name
-            while name in taken:
-                name, number = f"{function.name}_{number}", number + 1
-            function.name = name
-            self.rewards.append(function)
+        self.ensembles: dict[str, tuple[RewardEnsemble, list[str]]] = {}
+        self.weight_by_name: dict[str, float] = {}
+        for (reward, _), weight in zip(pairs, self.weights, strict=True):
+            function = as_callable(reward)
+            if isinstance(function, RewardEnsemble):
+                members = [self._add(member) for member in function.members]
+                name = self._free(function.name)
+                self.ensembles[name] = (function, members)
+            else:
+                name = self._add(function)
+            self.weight_by_name[name] = weight
+
+    def _add(self, function: Any) -> str:
+        """Takes up what is to be called; returns its name."""
+        reward = RewardFunction(function)
+        reward.name = self._free(reward.name)
+        self.rewards.append(reward)
+        return reward.name
+
+    def _free(self, wanted: str) -> str:
+        """A name that nothing has yet."""
+        taken, name, number = {*RESERVED_NAMES, *self.names}, wanted, 2
+        while name in taken:
+            name, number = f"{wanted}_{number}", number + 1
+        return name
 
     def __call__(self, rollouts: Rollouts, tokenizer: Any) -> Scores:
         """Scores every response with every reward.
@@ -76,7 +91,20 @@ class CombinedReward:
                 by_name[name] = tokens_by_name[name].sum(1)
             else:
                 by_name[name] = as_tensor(scores, device)
-        applies = ~torch.stack(list(by_name.values())).isnan().all(0)
+        for name, (ensemble, members) in self.ensembles.items():
+            dense = [member for member in members if member in tokens_by_name]
+            if dense and len(dense) < len(members):
+                other = next(member for member in members if member not in dense)
+                raise ValueError(
+                    f"`rewards` of the ensemble {name!r} scored per token ({dense[0]!r}) and per response ({other!r}): "
+                    "members must do the same."
+                )
+            if dense:
+                tokens_by_name[name] = ensemble([tokens_by_name[member] for member in members])
+                by_name[name] = tokens_by_name[name].sum(1)
+            else:
+                by_name[name] = ensemble([by_name[member] for member in members])
+        applies = ~torch.stack([by_name[name] for name in self.weight_by_name]).isnan().all(0)
         if not bool(applies.all()):
             i = int((~applies).nonzero()[0])
             raise ValueError(
@@ -87,18 +115,28 @@ class CombinedReward:
         return Scores(total=total, by_name=by_name, token_scores=token_scores, tokens_by_name=tokens_by_name)
 
     def _results(self, rollouts: Rollouts, tokenizer: Any) -> dict[str, Any]:
-        """What every reward says; models come last, since for one that is sharded processes wait for each other."""
+        """What every reward says; those that are awaited begin first and are waited for last.
+
+        Models come after all others that are called here, since for one that is sharded processes wait for each other.
+        """
         results: dict[str, Any] = {}
+        coming: dict[str, Future[Any]] = {}
         waiting = self.models
         try:
-            for reward in sorted(self.rewards, key=lambda reward: isinstance(reward.function, RewardModel)):
+            for reward in self.rewards:
+                if reward.is_awaited:
+                    coming[reward.name] = reward.call(rollouts, tokenizer)
+            for reward in sorted(self.rewards, key=_turn):
                 if isinstance(reward.function, RewardModel):
                     waiting.pop(0)
-                results[reward.name] = reward(rollouts, tokenizer)
+                results[reward.name] = reward(rollouts, tokenizer, coming.get(reward.name))
         except Exception:  # whatever it is: it is raised again when nobody waits any more
             for model in waiting:
                 model.give_up()
             raise
+        finally:
+            for future in coming.values():
+                future.cancel()
         return {reward.name: results[reward.name] for reward in self.rewards}
 
     def stand_by(self) -> None:
@@ -107,9 +145,9 @@ class CombinedReward:
             model([], [])
 
     @property
-    def weight_by_name(self) -> dict[str, float]:
-        """The weight of every reward."""
-        return {reward.name: weight for reward, weight in zip(self.rewards, self.weights, strict=True)}
+    def names(self) -> list[str]:
+        """Of all that is logged."""
+        return [*(reward.name for reward in self.rewards), *self.ensembles]
 
     @property
     def models(self) -> list[RewardModel]:
@@ -119,7 +157,7 @@ class CombinedReward:
     @property
     def name(self) -> str:
         """The names of all rewards."""
-        return ", ".join(reward.name for reward in self.rewards)
+        return ", ".join(self.weight_by_name)
 
 
 def weighted_sum(
@@ -130,7 +168,7 @@ def weighted_sum(
     Args:
         by_name: (batch,) of every reward, NaN where it does not apply.
         tokens_by_name: (batch, response) of every dense one, likewise.
-        weights: Of every reward.
+        weights: Of every reward that counts.
         mask: (batch, response), True where the policy chose a token.
 
     Returns:
@@ -149,33 +187,8 @@ def weighted_sum(
     return total, per_token if tokens_by_name else None
 
 
-def as_callable(reward: Any) -> Any:
-    """A reward in the form in which it is called.
-
-    Args:
-        reward: A callable; its dotted name; ``{"class_path": ..., "init_args": ...}`` of one, as checkpoints keep it;
-            or a reward model's folder, hub name or object.
-
-    Returns:
-        A callable, or what is none as it is.
-
-    Raises:
-        ValueError: If a name names neither.
-    """
-    if isinstance(reward, Mapping) and "class_path" in reward:
-        return imported(reward["class_path"], "reward")(**reward.get("init_args", {}))
-    if isinstance(reward, os.PathLike) or is_classifier_object(reward):
-        return RewardModel(reward)
-    if not isinstance(reward, str):
-        return reward
-    if "/" in reward or os.sep in reward or "." not in reward:
-        return RewardModel(reward)
-    try:
-        return imported(reward, "reward")
-    except ValueError:
-        if Path(reward).is_dir():
-            return RewardModel(reward)
-        raise
+def _turn(reward: RewardFunction) -> int:
+    return 2 if reward.is_awaited else int(isinstance(reward.function, RewardModel))
 
 
 def _padded(scores: Any, length: int, device: torch.device) -> Tensor:

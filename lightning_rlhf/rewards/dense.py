@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_rlhf.dotted import dotted_name, imported
+from lightning_rlhf.dotted import imported
 from lightning_rlhf.rewards.functions import Reward, own_name, parameters_of, plain
+from lightning_rlhf.rewards.stored import StoredReward
 
 Span = tuple[int, int]
 """Where a part of a text begins and ends, in characters, the end not included."""
@@ -62,6 +63,29 @@ SPLITS: dict[str, Callable[[str], list[Span]]] = {"lines": lines, "sentences": s
 """How a text may be taken apart, by name."""
 
 
+def split_of(split: Split) -> Callable[[str], Sequence[Span]]:
+    """What takes texts apart.
+
+    Args:
+        split: Its name, itself, or its dotted name.
+
+    Returns:
+        A function from a text to spans.
+
+    Raises:
+        ValueError: If a name names none.
+        TypeError: If it is none.
+    """
+    if isinstance(split, str) and "." not in split and split not in SPLITS:
+        raise ValueError(
+            f"`split={split!r}` must be 'sentences', 'lines', or a function from a text to (begin, end) pairs."
+        )
+    function = SPLITS.get(split) or imported(split, "split") if isinstance(split, str) else split
+    if not callable(function):
+        raise TypeError(f"`split={split!r}` must be callable, or the dotted name of a function.")
+    return function
+
+
 def token_scores(
     response: str, tokens: Tensor | Sequence[int], tokenizer: Any, spans: Sequence[Span], scores: Sequence[float]
 ) -> list[float]:
@@ -110,7 +134,7 @@ def token_scores(
     return result
 
 
-class DenseReward:
+class DenseReward(StoredReward):
     """A reward that scores every sentence, line or step of a response.
 
     Args:
@@ -128,16 +152,11 @@ class DenseReward:
     """
 
     def __init__(self, score: Reward | str, split: Split = "sentences") -> None:
-        if isinstance(split, str) and "." not in split and split not in SPLITS:
-            raise ValueError(
-                f"`split={split!r}` must be 'sentences', 'lines', or a function from a text to (begin, end) pairs."
-            )
         self._given = {"score": score, "split": split}
         self.score = imported(score, "score") if isinstance(score, str) else score
-        self.split = SPLITS.get(split) or imported(split, "split") if isinstance(split, str) else split
-        for argument, function in {"score": self.score, "split": self.split}.items():
-            if not callable(function):
-                raise TypeError(f"`{argument}={function!r}` must be callable, or the dotted name of a function.")
+        self.split = split_of(split)
+        if not callable(self.score):
+            raise TypeError(f"`score={score!r}` must be callable, or the dotted name of a function.")
         self.name = own_name(self.score)
         self._named, self._takes_all = parameters_of(self.score)
 
@@ -184,9 +203,3 @@ class DenseReward:
                 )
             result.append(token_scores(response, response_tokens[i], tokenizer, parts, given))
         return result
-
-    def plain(self) -> dict[str, Any] | None:
-        """What makes the same again, as plain values; None where a function or the class cannot be imported."""
-        names = {key: value if isinstance(value, str) else dotted_name(value) for key, value in self._given.items()}
-        class_path = dotted_name(type(self))
-        return None if class_path is None or None in names.values() else {"class_path": class_path, "init_args": names}

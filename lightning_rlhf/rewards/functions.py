@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_rlhf.batches import Rollouts
+from lightning_rlhf.rewards.threads import begun, finished
 
 Reward = Callable[..., Any]
 """Prompts and responses in; one score per response out, or one list of per-token scores per response."""
@@ -38,29 +41,52 @@ class UserFunction:
         self.function = function
         self.name = name or own_name(function)
         self.named, self.takes_all = parameters_of(function)
+        self.is_awaited = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
 
-    def result(self, rollouts: Rollouts, tokenizer: Any) -> Any:
-        """What the function returns, tensors and arrays as lists and generators run out.
+    def call(self, rollouts: Rollouts, tokenizer: Any) -> Any:
+        """Calls the function; what is to be awaited is begun.
 
         Args:
             rollouts: What was written.
             tokenizer: Passed on if the function wants it.
+
+        Returns:
+            What it returned, or what that comes to.
 
         Raises:
             RuntimeError: If the function raised.
         """
         arguments = self._arguments(rollouts, tokenizer)
         positional = () if {"prompts", "responses"} & self.named else (rollouts.prompts, rollouts.responses)
-        try:
-            result = plain(self.function(*positional, **arguments))
+        with self._blamed(rollouts):
+            given = self.function(*positional, **arguments)
+            return begun(given) if inspect.isawaitable(given) else given
+
+    def result(self, rollouts: Rollouts, given: Any) -> Any:
+        """What the function says, once it is there, tensors and arrays as lists and generators run out.
+
+        Args:
+            rollouts: What was written.
+            given: What :meth:`call` returned.
+
+        Raises:
+            RuntimeError: If the function raised.
+        """
+        with self._blamed(rollouts):
+            result = plain(finished(given) if isinstance(given, Future) else given)
             if isinstance(result, Iterable) and not isinstance(result, str | Mapping):
                 return [plain(item) for item in result]  # where a generator raises
+        return result
+
+    @contextmanager
+    def _blamed(self, rollouts: Rollouts) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             raise RuntimeError(
                 f"`{self.argument}` {self.name!r} raised {type(error).__name__}: {error} (on {len(rollouts)} "
                 f"responses, the first of which is {rollouts.responses[0]!r})"
             ) from error
-        return result
 
     def number(self, value: Any, what: str) -> float:
         """A finite number.
@@ -102,12 +128,13 @@ class RewardFunction(UserFunction):
 
     argument, returns = "reward", "scores"
 
-    def __call__(self, rollouts: Rollouts, tokenizer: Any) -> list[float] | list[list[float]]:
+    def __call__(self, rollouts: Rollouts, tokenizer: Any, given: Any = None) -> list[float] | list[list[float]]:
         """Scores every response.
 
         Args:
             rollouts: What was written.
             tokenizer: Passed on if the function wants it.
+            given: What :meth:`call` returned, where that was called before.
 
         Returns:
             A number per response, or a list per response, one number a token; NaN where the reward does not apply.
@@ -116,7 +143,7 @@ class RewardFunction(UserFunction):
             ValueError: If the result does not fit the responses; the sample is named.
             RuntimeError: If the function raised.
         """
-        scores = self.result(rollouts, tokenizer)
+        scores = self.result(rollouts, self.call(rollouts, tokenizer) if given is None else given)
         if not isinstance(scores, list):
             raise ValueError(
                 f"`reward` {self.name!r} returned {scores!r}: it must return a list with one score per response."

@@ -42,7 +42,7 @@ class MetricFunction(UserFunction):
             ValueError: If the result is no dict, or does not fit the responses.
             RuntimeError: If the function raised.
         """
-        result = self.result(rollouts, tokenizer)
+        result = self.result(rollouts, self.call(rollouts, tokenizer))
         if not isinstance(result, Mapping) or not all(isinstance(name, str) and name for name in result):
             raise ValueError(
                 f"`metric_fn` {self.name!r} returned {result!r}: it must return a dict, from the name of a metric to "

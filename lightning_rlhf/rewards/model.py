@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import PurePath
 from typing import Any, Literal
@@ -12,19 +12,27 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_rlhf.dotted import dotted_name
 from lightning_rlhf.models.adapter_configs import has_adapter_only
 from lightning_rlhf.models.classifier import Classifier, Row, is_classifier_object, load_classifier
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, load_tokenizer
 from lightning_rlhf.models.offloading import HOST, fetched
-from lightning_rlhf.rewards.texts import READS, TextReader, continuations
+from lightning_rlhf.rewards.dense import Split, split_of
+from lightning_rlhf.rewards.passes import in_passes
+from lightning_rlhf.rewards.steps import reader_of
+from lightning_rlhf.rewards.stored import StoredReward
+from lightning_rlhf.rewards.texts import READS
+
+OUTPUTS = ("logit", "probability", None)
 
 _GIVEN_UP = 2**40
 """More forward passes than there ever are."""
 
 
-class RewardModel:
+class RewardModel(StoredReward):
     """A trained sequence classifier of transformers that scores responses, or an export of :class:`RewardModule`.
+
+    An export of :class:`ProcessRewardModule` is a dense reward: the score of every step lies on the policy's token that
+    completes it. A step that ended before what a text lost (see below) has 0.
 
     It is frozen, in evaluation mode, in no checkpoint of the policy's, and keeps its own type whatever ``precision``
     the Trainer has. Texts are tokenised anew by its own tokenizer. The score is read where transformers reads it: of
@@ -39,11 +47,14 @@ class RewardModel:
             quantised, which is used as it is, frozen and moved, and not copied.
         label: Whose output is the score, by its name in the config or its number; a model with one output needs none.
         output: ``"logit"``, or ``"probability"`` of the label: softmax over all labels, or the sigmoid where the
-            config says that several can hold (``multi_label_classification``).
+            config says that several can hold (``multi_label_classification``). By default what its export says, else
+            ``"logit"``.
         reads: ``"both"``: the prompt and, right after it, the response; chat messages go with the response through its
             tokenizer's chat template. ``"pair"``: as two segments, for models trained so. ``"response"``: that alone.
             ``"apart"``: the prompt, then the response with an EOS, each tokenised by itself, as :class:`RewardModule`
             does. By default what its export says, else ``"both"``.
+        split: How a response is taken apart where an export of :class:`ProcessRewardModule` scores its steps: as for
+            :class:`DenseReward`. By default at the separator that the export names.
         append_eos: Whether every text is ended with EOS, as for models that were trained so; those that were cut off
             too.
         tokenizer: Its own; by default the one beside its weights. An object, name or folder.
@@ -70,8 +81,9 @@ class RewardModel:
         model: ModelLike,
         *,
         label: str | int | None = None,
-        output: Literal["logit", "probability"] = "logit",
+        output: Literal["logit", "probability"] | None = None,
         reads: Literal["both", "pair", "response", "apart"] | None = None,
+        split: Split | None = None,
         append_eos: bool = False,
         tokenizer: Any = None,
         max_tokens: int | None = None,
@@ -84,6 +96,7 @@ class RewardModel:
             "label": label,
             "output": output,
             "reads": reads,
+            "split": split,
             "append_eos": append_eos,
             "tokenizer": tokenizer,
             "max_tokens": max_tokens,
@@ -93,12 +106,13 @@ class RewardModel:
             "name": name,
         }
         self.spec = ModelSpec.of(model)
+        self._given = {**self._given, "model": self.spec}
         if not self.spec.is_named and (isinstance(model, ModelSpec) or not is_classifier_object(model)):
             raise TypeError(
                 f"`model={type(self.spec.model).__name__}` must be a trained classifier: a hub name, a folder, or the "
                 "object itself."
             )
-        for argument, value, known in (("output", output, ("logit", "probability")), ("reads", reads, (*READS, None))):
+        for argument, value, known in (("output", output, OUTPUTS), ("reads", reads, (*READS, None))):
             if value not in known:
                 raise ValueError(f"`{argument}={value!r}` must be one of {', '.join(map(repr, known))}.")
         for argument, number in {"max_tokens": max_tokens, "batch_tokens": batch_tokens}.items():
@@ -107,6 +121,7 @@ class RewardModel:
         self.label = label
         self.output = output
         self.reads = reads
+        self.split = None if split is None else split_of(split)
         self.append_eos = append_eos
         self.max_tokens = max_tokens
         self.batch_tokens = batch_tokens
@@ -127,7 +142,7 @@ class RewardModel:
         responses: Sequence[str],
         response_tokens: Sequence[Tensor] | None = None,
         tokenizer: Any = None,
-    ) -> list[float]:
+    ) -> list[Any]:
         """Scores responses.
 
         Args:
@@ -138,27 +153,28 @@ class RewardModel:
             tokenizer: Of the policy.
 
         Returns:
-            A number each.
+            A number each; of one that scores steps, a list each, one number for every token.
         """
         classifier = self.load()
         try:
-            if self._reader.reads == "both" and response_tokens is not None and tokenizer is not None:
-                responses = continuations(prompts, responses, response_tokens, tokenizer)
-            rows = self._cut(self._reader.rows(prompts, responses)) if responses else []
-            batches = list(self._batches(classifier, rows))
+            written = self._reader.rows(prompts, responses, response_tokens, tokenizer) if responses else []
+            rows = self._cut(written)
+            batches = list(in_passes(classifier, rows, self.batch_tokens))
         except Exception:  # whatever it is: it is raised again when nobody waits any more
             self.give_up()
             raise
         passes = self.most(len(batches))
-        scores = torch.zeros(len(rows), dtype=torch.float32)
+        scores: list[list[float]] = [[] for _ in rows]
         if passes >= _GIVEN_UP:
-            return scores.tolist()  # which nobody reads
+            return [0.0] * len(rows)  # which nobody reads
         with fetched(classifier.model, self._place) if self._place is not None else nullcontext():
             for batch in batches:
-                scores[batch] = self._scores(classifier.logits([rows[i] for i in batch]))
+                logits = self._reader.logits(classifier, [rows[i] for i in batch])
+                for i, of_row in zip(batch, logits, strict=True):
+                    scores[i] = self._scores(of_row).tolist()
             for _ in range(passes - len(batches)):
                 classifier.logits([rows[i] for i in batches[0]] if batches else [{"input_ids": [0, 0]}])
-        return scores.tolist()
+        return self._reader.answers(scores, responses, response_tokens, tokenizer)
 
     def give_up(self) -> None:
         """Lets processes that wait for this one know that it will not be called: something has failed."""
@@ -179,9 +195,8 @@ class RewardModel:
         if classifier is not None or self.classifier is None:
             self.classifier = classifier or self._read()
             self.classifier.check_label(self.label, self.output, self.name)
-            self._stored = self.classifier.stored
-            reads = self.reads or self._stored.get("reads", "both")
-            self._reader = TextReader(self.tokenizer, reads, self.append_eos, self.name)
+            export = self.classifier.stored
+            self._reader = reader_of(export, self.tokenizer, self.reads, self.append_eos, self.split, self.name)
             home = HOST if self.waits else self.device
             if home is not None:
                 self._move(home)
@@ -233,15 +248,6 @@ class RewardModel:
             self._tokenizer = load_tokenizer(self._tokenizer, self.spec)
         return self._tokenizer
 
-    def plain(self) -> dict[str, Any] | None:
-        """What makes the same again, as plain values; None where there is an object or the class cannot be imported."""
-        class_path, model = dotted_name(type(self)), self.spec.plain()
-        tokenizer = self._given["tokenizer"]
-        if class_path is None or model is None or not (tokenizer is None or isinstance(tokenizer, str | os.PathLike)):
-            return None
-        given = {**self._given, "tokenizer": tokenizer and os.fspath(tokenizer)}
-        return {"class_path": class_path, "init_args": given | {"model": model}}
-
     def _cut(self, rows: list[Row]) -> list[Row]:
         """Rows that fit the model; of one that did not, the end."""
         limit = self.token_limit
@@ -262,27 +268,14 @@ class RewardModel:
         limits = [self.max_tokens, self.load().max_positions, self.tokenizer.model_max_length]
         return min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
 
-    def _batches(self, classifier: Classifier, rows: Sequence[Row]) -> Iterator[list[int]]:
-        """Numbers of rows of one forward pass each, the longest first, so that too little memory shows at once."""
-        lengths = [len(row["input_ids"]) for row in rows]
-        batch: list[int] = []
-        for i in [*sorted(range(len(rows)), key=lambda i: -lengths[i]), None]:
-            longest = lengths[batch[0]] if batch else 0
-            is_full = longest * (len(batch) + 1) > self.batch_tokens
-            if batch and (i is None or is_full or (not classifier.pads and lengths[i] != longest)):
-                together = classifier.fits_one_pass([rows[j] for j in batch])
-                yield from [batch] if together else [[j] for j in batch]
-                batch = []
-            if i is not None:
-                batch.append(i)
-
     def _scores(self, logits: Tensor) -> Tensor:
         assert self.classifier is not None
-        number = self.classifier.label_number(self.label)
-        if self.output == "logit":
-            return (logits[:, number] - self._stored.get("mean", 0.0)) / self._stored.get("std", 1.0)
-        is_multiple = self.classifier.model.config.problem_type == "multi_label_classification"
-        return (logits.sigmoid() if is_multiple else logits.softmax(1))[:, number]
+        number, export = self.classifier.label_number(self.label), self.classifier.stored
+        if (self.output or export.get("output", "logit")) == "logit":
+            return (logits[:, number] - export.get("mean", 0.0)) / export.get("std", 1.0)
+        problem = self.classifier.model.config.problem_type
+        is_single = self.classifier.labels == 1 or problem == "multi_label_classification"
+        return (logits.sigmoid() if is_single else logits.softmax(1))[:, number]
 
     def _move(self, device: torch.device) -> None:
         assert self.classifier is not None

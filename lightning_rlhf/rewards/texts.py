@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_rlhf.models.classifier import Row
+from lightning_rlhf.models.classifier import Classifier, Row
 from lightning_rlhf.models.texts import prompt_ids, response_ids
 
 READS = ("both", "pair", "response", "apart")
@@ -36,12 +36,21 @@ class TextReader:
         self.append_eos = append_eos
         self.name = name
 
-    def rows(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[Row]:
+    def rows(
+        self,
+        prompts: Sequence[Any],
+        responses: Sequence[str],
+        tokens: Sequence[Tensor] | None = None,
+        policy: Any = None,
+    ) -> list[Row]:
         """Tokens of every text, as long as they are.
 
         Args:
             prompts: Strings or chat messages.
             responses: What follows them.
+            tokens: Of the responses; with them the space between prompt and response is kept that some tokenizers take
+                off what is decoded alone.
+            policy: The tokenizer that decoded them.
 
         Returns:
             A row each.
@@ -49,6 +58,8 @@ class TextReader:
         Raises:
             ValueError: If prompts are chat messages and cannot be read, or a text has no token.
         """
+        if self.reads == "both" and tokens is not None and policy is not None:
+            responses = continuations(prompts, responses, tokens, policy)
         if self.reads == "response":
             rows = self._tokenized(list(responses))
         elif self.reads == "apart":
@@ -90,6 +101,34 @@ class TextReader:
         first = [token for token in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) if token is not None]
         kept = 1 if tokens[0] in first and limit > 1 else 0
         return {name: values[:kept] + values[len(values) - limit + kept :] for name, values in row.items()}
+
+    def logits(self, classifier: Classifier, rows: Sequence[Row]) -> Sequence[Tensor]:
+        """The logits that rows are scored by, in one forward pass.
+
+        Args:
+            classifier: That reads them.
+            rows: That fit it.
+
+        Returns:
+            (scores, labels) of each: one score at its end.
+        """
+        return list(classifier.logits(rows)[:, None])
+
+    def answers(
+        self, scores: Sequence[list[float]], responses: Sequence[str], tokens: Sequence[Tensor] | None, policy: Any
+    ) -> list[Any]:
+        """What the reward says.
+
+        Args:
+            scores: Of each row, as many as it has logits.
+            responses: What was written.
+            tokens: Of the responses.
+            policy: The tokenizer that decoded them.
+
+        Returns:
+            A number for each response.
+        """
+        return [score for (score,) in scores]
 
     def _tokenized(self, *segments: list[str]) -> list[Row]:
         encoded = self.tokenizer(*segments)

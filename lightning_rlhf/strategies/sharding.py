@@ -77,7 +77,7 @@ def shard(
         _shard(critic, options, reshard_root=False)
     # What is in no block is needed to the end of a forward pass, and at once when the backward pass begins.
     _shard(policy, options, reshard_root=False)
-    for method in ("begin", "next_token", "values", "last_states"):
+    for method in ("begin", "next_token", "values", "measured", "last_states"):
         if hasattr(policy, method):  # a reward model writes nothing
             register_fsdp_forward_method(policy, method)
 

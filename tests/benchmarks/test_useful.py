@@ -50,6 +50,10 @@ def test_a_step_on_examples_is_three_forward_passes():
     assert sum(gflop("sft", rows).values()) == pytest.approx(885, rel=0.015)
 
 
+def test_a_step_on_pairs_reads_both_responses_to_their_ends():
+    assert sum(gflop("reward", [(48, 64)] * 64).values()) == pytest.approx(1105, rel=0.01)  # counted elsewhere
+
+
 def test_frozen_blocks_cost_nothing_after_they_have_been_read_once():
     size, rows = SIZES["base"], [(40, 30)]
     whole, top = gflop("ppo", rows), gflop("ppo", rows, top=2)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import workload
+from benchmarks import texts, workload
 from benchmarks.workload import EOS, PAD, SIZES, Case
 from lightning_rlhf import SFTModule
 from lightning_rlhf.chance import row_uniforms
@@ -16,7 +16,7 @@ def lengths_written(lengths: workload.Lengths, rows: int) -> torch.Tensor:
     """How long so many responses of the small network are."""
     module = SFTModule(workload.network(SMALL, lengths), tokenizer=workload.tokenizer(SMALL))
     module.configure_model()
-    tokens, mask = padded(module.tokenizer(workload.prompts(SMALL, rows))["input_ids"], PAD, "left")
+    tokens, mask = padded(module.tokenizer(texts.prompts(SMALL, rows))["input_ids"], PAD, "left")
     uniforms = row_uniforms(0, "test", (), range(rows), workload.MAX_NEW_TOKENS)
     sampling = module.sampling.but({"max_new_tokens": workload.MAX_NEW_TOKENS})
     return module.decode(tokens, mask, uniforms, sampling).mask.sum(1)
@@ -65,15 +65,24 @@ def test_tokens_and_words_are_one_to_one():
 
 def test_prompts_and_examples_are_seeded_and_have_the_lengths_that_they_should():
     tokenizer = workload.tokenizer(SMALL)
-    prompts = workload.prompts(SMALL, 200)
-    assert workload.prompts(SMALL, 300)[:200] == prompts
-    assert workload.prompts(SMALL, 200, seed=1) != prompts
+    prompts = texts.prompts(SMALL, 200)
+    assert texts.prompts(SMALL, 300)[:200] == prompts
+    assert texts.prompts(SMALL, 200, seed=1) != prompts
     lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
     assert (min(lengths), max(lengths)) == (32, 64)
-    responses = [row["response"] for row in workload.examples(SMALL, 400)]
+    responses = [row["response"] for row in texts.examples(SMALL, 400)]
     lengths = [len(ids) + 1 for ids in tokenizer(responses)["input_ids"]]  # EOS is put there by the systems
     assert (min(lengths), max(lengths)) == (32, 96)
     assert workload.UNK not in {token for ids in tokenizer(responses)["input_ids"] for token in ids}
+
+
+def test_pairs_have_the_lengths_of_examples():
+    tokenizer, pairs = workload.tokenizer(SMALL), texts.pairs(SMALL, 300)
+    assert texts.pairs(SMALL, 400)[:300] == pairs
+    for key, limits in {"prompt": (32, 64), "chosen": (31, 95), "rejected": (31, 95)}.items():
+        lengths = [len(ids) for ids in tokenizer([pair[key] for pair in pairs])["input_ids"]]
+        assert (min(lengths), max(lengths)) == limits
+    assert len(Case("reward", "small", "full", "", 1, iterations=3).pairs()) == 96
 
 
 def test_the_reward_is_the_share_of_the_lower_half():

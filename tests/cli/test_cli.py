@@ -327,9 +327,13 @@ def test_reward_models_dense_rewards_and_optimizers_of_bitsandbytes_are_written_
     word_tokenizer().save_pretrained(project / "judge")
     judge = {"model": {"model": "judge", "dtype": "float64"}, "label": "good", "output": "probability"}
     dense = {"score": "my_reward.steps", "split": "lines"}
+    regex = {"class_path": "lightning_rlhf.RegexMatch", "init_args": {"pattern": "a"}}
+    panel = {"rewards": [regex, "my_reward.score"], "combine": "mean-std", "coef": 0.5, "name": "panel"}
     rewards = [
         [{"class_path": "lightning_rlhf.RewardModel", "init_args": judge}, 0.5],
         {"class_path": "lightning_rlhf.DenseReward", "init_args": dense},
+        [{"class_path": "lightning_rlhf.RepetitionPenalty", "init_args": {"n": 2}}, 0.1],
+        {"class_path": "lightning_rlhf.RewardEnsemble", "init_args": panel},
         "my_reward.score",
     ]
     eight_bit = {"class_path": "bitsandbytes.optim.AdamW8bit", "init_args": {"lr": 0.001}}
@@ -348,6 +352,8 @@ def test_reward_models_dense_rewards_and_optimizers_of_bitsandbytes_are_written_
     logged = next(row for row in rows if row["reward/judge"])
     assert 0.0 < float(logged["reward/judge"]) < 1.0
     assert float(logged["reward/steps"]) > 0.0
+    assert -1.0 <= float(logged["reward/repetition_penalty"]) <= 0.0
+    assert float(logged["reward/panel"]) <= (float(logged["reward/regex"]) + float(logged["reward/score"])) / 2
     assert float(logged["optim/lr/value"]) == pytest.approx(10 * float(logged["optim/lr/policy"]), rel=1e-6)
     (kept,) = tmp_path.rglob("*.ckpt")
     stored = torch.load(kept, weights_only=True)["hyper_parameters"]

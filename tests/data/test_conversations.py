@@ -67,13 +67,13 @@ def test_a_text_that_ends_with_eos_ends_once():
     [([{"prompt": "a"}], ["prompt"]), (["a", {"response": "a"}], ["response"]), ([{}], [])],
 )
 def test_a_row_that_lacks_a_key_is_an_error_that_names_it(rows, keys):
-    complaint = f"`rows[{len(rows) - 1}]` has the keys {keys}: it needs 'text', or 'prompt' and 'response'."
+    complaint = f"`rows[{len(rows) - 1}]` has the keys {keys}: it needs 'text', 'prompt' and 'response', or 'messages'."
     with pytest.raises(ValueError, match=re.escape(complaint)):
         ConversationDataModule(rows)
 
 
 def test_a_row_that_cannot_be_read_is_named():
-    with pytest.raises(ValueError, match=r"`rows\[1\]`: `prompt=3` must be a string"):
+    with pytest.raises(ValueError, match=r"`rows\[1\]`: `prompt=3` must be text"):
         batch(["a", {"prompt": 3, "response": "b"}])
     with pytest.raises(ValueError, match=r"`rows\[0\]`: .* has no token"):
         batch([""])

@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from lightning_rlhf.data.formats import is_chat, read_rows
+from lightning_rlhf.data.formats import is_chat, located_rows
 
 CHAT = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
 ITEMS = ["a b", CHAT, {"prompt": "c", "answer": "d", "level": 3}]
 ROWS = [{"prompt": "a b"}, {"prompt": CHAT}, {"prompt": "c", "answer": "d", "level": 3}]
+
+
+def read_rows(source, argument, text_key):
+    return [row for _, row in located_rows(source, argument, text_key)]
 
 
 def test_lists_become_rows_and_what_is_no_dict_is_the_text():

@@ -69,14 +69,16 @@ def test_the_prompt_of_a_comparison_is_tokenised_once():
 
 def test_a_row_that_is_too_long_is_an_error_that_names_it(tmp_path):
     with pytest.raises(
-        ValueError, match=r"`preferences\[0\]` has a row of 5 tokens, and 4 may be: .*`too_long='drop'`"
+        ValueError, match=r"`preferences\[0\]` has 5 tokens, and the model has room for 4: .*`too_long='drop'`"
     ):
         batch(ROWS, max_tokens=4)
-    with pytest.raises(ValueError, match=r"`preferences\[0\]` has a prompt of 2 tokens, and 1 may be"):
+    with pytest.raises(
+        ValueError, match=r"`preferences\[0\]` has 2 tokens of prompt, and `max_prompt_length=1` allows"
+    ):
         batch(ROWS, max_prompt_length=1)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c c c"}')
-    with pytest.raises(ValueError, match=re.escape(f"`preferences={str(path)!r}`: line 1 has a response of 4 tokens")):
+    with pytest.raises(ValueError, match=re.escape(f"`preferences={str(path)!r}`: line 1 has 4 tokens of response")):
         batch(path, max_response_length=3)
 
 
@@ -89,9 +91,9 @@ def test_where_an_encoder_reads_the_prompt_either_part_has_room_of_its_own():
         return whole
 
     assert read(2, 3).response_mask.sum((1, 2)).tolist() == [5]
-    with pytest.raises(ValueError, match=r"`preferences\[0\]` has a prompt of 2 tokens, and 1 may be"):
+    with pytest.raises(ValueError, match=r"`preferences\[0\]` has 2 tokens, and the model has room for 1"):
         read(1, 3)
-    with pytest.raises(ValueError, match=r"`preferences\[0\]` has a response of 3 tokens, and 2 may be"):
+    with pytest.raises(ValueError, match=r"`preferences\[0\]` has 3 tokens of response, and the model has room for 2"):
         read(2, 2)
 
 

@@ -62,7 +62,7 @@ def test_a_row_without_a_prompt_is_an_error_that_names_it():
 
 
 def test_a_prompt_that_is_no_text_is_an_error_that_names_its_row():
-    with pytest.raises(ValueError, match=r"`prompts\[1\]`: `prompt=3` must be a string"):
+    with pytest.raises(ValueError, match=r"`prompts\[1\]`: `prompt=3` must be text"):
         batches(["a", 3])
 
 

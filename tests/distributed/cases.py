@@ -28,16 +28,19 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 from lightning_rlhf import (
     ConversationDataModule,
     GRPOModule,
+    HTTPReward,
     ModelSpec,
     PPOModule,
     PreferenceDataModule,
+    ProcessRewardModule,
     PromptDataModule,
     RewardModel,
     RewardModule,
     SFTModule,
+    StepDataModule,
 )
 from lightning_rlhf.batches import PromptBatch
-from lightning_rlhf.callbacks import ResponseWriter
+from lightning_rlhf.callbacks import ResponseWriter, ValidationSamples
 from lightning_rlhf.data.tokens import padded
 from lightning_rlhf.models.reference import fingerprint
 from lightning_rlhf.models.weights import whole, whole_state
@@ -46,6 +49,7 @@ from lightning_rlhf.modules.ranks import rank, world_size
 from lightning_rlhf.strategies.fsdp2 import RLHFStrategy
 from lightning_rlhf.strategies.sharding import held
 from tests.networks import ARCHITECTURES, ENCODER_DECODERS, bigram, network, tiny_gpt2, word_tokenizer
+from tests.rewards.test_http import lengths, serving
 from tests.training import Seen, bare_trainer
 
 PROMPTS = ["a b c", "d", "e f", "b a a c", "c", "f e d", "b b", "a"]
@@ -150,6 +154,10 @@ class Measured:
 
 class MeasuredSFT(Measured, SFTModule):
     """One that imitates."""
+
+
+class MeasuredSteps(Measured, ProcessRewardModule):
+    """A process reward model that keeps them."""
 
 
 class MeasuredReward(Measured, RewardModule):
@@ -274,30 +282,55 @@ ppo_recomputed = functools.partial(learns, "ppo_recomputed")
 grpo_t5_hydra = functools.partial(learns, "grpo_t5_hydra")
 
 
-def sft(strategy: str, folder: Path) -> dict[str, Any]:
-    """Windows of two batches with uneven counts of tokens, and a last one of one."""
-    texts = [
-        "a b c d e f",
-        "a",
-        "c c",
-        "d e f a b c d",
-        "b",
-        "f e",
-        "a a a",
-        "e",
-        "b c d e",
-        "f",
-        "a b",
-        "c d e f a b c",
-    ]
-    module = MeasuredSFT(
-        tiny_gpt2(LETTERS, layers=2, initializer_range=0.3, **without_dropout),
-        tokenizer=word_tokenizer(LETTERS),
-        optimizer=sgd,
-        seed=8,
+TEXTS = [
+    "a b c d e f",
+    "a",
+    "c c",
+    "d e f a b c d",
+    "b",
+    "f e",
+    "a a a",
+    {
+        "messages": [
+            {"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)
+        ]
+    },
+    "b c d e",
+    "f",
+    "a b",
+    "c d e f a b c",
+]
+
+
+class Streamed:
+    """Texts without a length."""
+
+    def __iter__(self):
+        yield from TEXTS
+
+
+def imitator() -> MeasuredSFT:
+    """A small one, whose tokenizer knows conversations."""
+    tokenizer = word_tokenizer(LETTERS)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}<eos> {% endif %}{% endfor %}"
     )
-    data = ConversationDataModule(texts, batch_size=per_process(4, strategy), seed=3)
-    return fit(module, data, strategy, accumulate_grad_batches=2, gradient_clip_val=0.5)
+    policy = tiny_gpt2(LETTERS, layers=2, initializer_range=0.3, **without_dropout)
+    sampling = {"max_new_tokens": 4}
+    return MeasuredSFT(policy, tokenizer=tokenizer, optimizer=sgd, seed=8, evaluation_sampling=sampling)
+
+
+def sft(strategy: str, folder: Path) -> dict[str, Any]:
+    """Windows of two batches with uneven counts of tokens, a last one of one, and validations of uneven shares."""
+    data = ConversationDataModule(TEXTS, validation=TEXTS[1:8], batch_size=per_process(4, strategy), seed=3)
+    samples = ValidationSamples(num_rows=2, console=False)
+    return fit(imitator(), data, strategy, accumulate_grad_batches=2, gradient_clip_val=0.5, callbacks=[samples])
+
+
+def sft_streamed(strategy: str, folder: Path) -> dict[str, Any]:
+    """The same of a stream, of which every process reads all."""
+    data = ConversationDataModule(Streamed(), batch_size=per_process(4, strategy))
+    return fit(imitator(), data, strategy, accumulate_grad_batches=2, max_epochs=2)
 
 
 def reward_model(strategy: str, folder: Path) -> dict[str, Any]:
@@ -326,6 +359,39 @@ def reward_model(strategy: str, folder: Path) -> dict[str, Any]:
         dist.barrier()
     judge = RewardModel(folder / "judge")
     return {**result, "exported": judge(PROMPTS[:3], PROMPTS[1:4]), "scores": (module.mean, module.std)}
+
+
+def process_reward(strategy: str, folder: Path) -> dict[str, Any]:
+    """Steps in windows of two batches, unlike numbers of them on each process; then they judge what a policy writes."""
+    rows = [
+        {"prompt": prompt, "steps": texts[: 1 + i % 3], "labels": [(i + k) % 2 for k in range(1 + i % 3)]}
+        for some in (PROMPTS, PROMPTS[::-1])
+        for i, (prompt, *texts) in enumerate(zip(some, some[1:], some[3:], some[2:], strict=False))
+    ]
+    module = MeasuredSteps(
+        tiny_gpt2(LETTERS, layers=2, initializer_range=0.3),
+        tokenizer=word_tokenizer(LETTERS),
+        optimizer=sgd,
+        separator=" c ",
+        seed=8,
+    )
+    data = StepDataModule(_without("c", rows), validation=_without("c", rows[:3]), batch_size=per_process(4, strategy))
+    result = fit(module, data, strategy, accumulate_grad_batches=2, gradient_clip_val=0.5)
+    module.save_pretrained(folder / "steps")
+    if dist.is_initialized():
+        dist.barrier()
+    policy = online(PPOModule, reward=str(folder / "steps"))
+    prompts = PromptDataModule(PROMPTS[:5], batch_size=per_process(6, strategy), seed=3)
+    judged = fit(policy, prompts, strategy, max_epochs=1)["experiences"][0]
+    tokens = [torch.tensor(row) for row in judged["tokens"]]
+    texts = judged["prompts"], judged["responses"], tokens, word_tokenizer(LETTERS)
+    expected = [sum(row) for row in RewardModel(folder / "steps", batch_tokens=1)(*texts)]
+    return {**result, "judged": judged["scores"], "expected": expected}
+
+
+def _without(letter: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same steps, which do not hold what stands between them."""
+    return [{**row, "steps": [step.replace(letter, "d") for step in row["steps"]]} for row in rows]
 
 
 def unlike_objects(strategy: str, folder: Path) -> dict[str, Any]:
@@ -439,6 +505,22 @@ def failing_beside(strategy: str, folder: Path) -> str:
         fit(online(PPOModule, reward=[model, judge]), PromptDataModule(PROMPTS, batch_size=4), strategy, max_epochs=1)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def failing_endpoint(strategy: str, folder: Path) -> str:
+    """What is said where, of an endpoint for each process, that of the second alone refuses a response."""
+
+    def answer(number: int, body: Any) -> Any:
+        return (400, "no", {}) if rank() == 1 and number == 1 else lengths(number, body)
+
+    with serving(answer) as server:
+        reward = HTTPReward(server.url, batch_size=2, concurrency=1, name="judge")
+        try:
+            data = PromptDataModule(PROMPTS, batch_size=4, seed=3)
+            fit(online(PPOModule, reward=reward), data, strategy, max_epochs=1)
+        except Exception as error:
+            return f"{len(server.bodies)} {type(error).__name__}: {error}"
     return "nothing"
 
 
@@ -764,7 +846,9 @@ SAME = [
     "grpo_t5_hydra",
     "ppo_named",
     "sft",
+    "sft_streamed",
     "reward_model",
+    "process_reward",
     "unlike_objects",
     "unlike_lengths",
     "unlike_passes",
@@ -790,6 +874,7 @@ OF_TWO = [
     "failing_raises",
     "failing_beside",
     "failing_ties",
+    "failing_endpoint",
 ]
 """Cases that only processes together have."""
 

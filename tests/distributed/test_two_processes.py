@@ -59,7 +59,9 @@ def both(two, name):
 
 
 @pytest.mark.invariant(28, 37)
-@pytest.mark.parametrize("name", [name for name in SAME if name not in ("sft", "reward_model")])
+@pytest.mark.parametrize(
+    "name", [name for name in SAME if name not in ("sft", "sft_streamed", "reward_model", "process_reward")]
+)
 def test_two_processes_write_what_one_writes_and_every_row_keeps_its_score(one, two, name):
     first, second = (result["experiences"] for result in both(two, name))
     alone = one[name]["experiences"]
@@ -102,6 +104,15 @@ def test_an_export_of_two_processes_scores_as_that_of_one(one, two):
     for result in both(two, "reward_model"):
         assert result["exported"] == pytest.approx(alone["exported"], abs=1e-4)
         assert result["scores"] == pytest.approx(alone["scores"], abs=1e-5)
+
+
+@pytest.mark.invariant(19, 28)
+def test_processes_score_the_steps_of_their_own_rows_with_one_model(two):
+    results = both(two, "process_reward")
+    for result in results:
+        assert result["judged"] == pytest.approx(result["expected"], abs=1e-5)
+        assert min(map(abs, result["judged"])) > 0.0
+    assert results[0]["judged"] != results[1]["judged"]
 
 
 @pytest.mark.invariant(24)
@@ -264,6 +275,16 @@ def test_a_reward_that_fails_beside_a_reward_model_stops_both(two):
     first, second = two["failing_beside"]
     assert second.startswith("RuntimeError: `reward` 'judge' raised KeyError: 'answer'")
     assert "failed on rank 1: RuntimeError: `reward` 'judge' raised KeyError" in first
+
+
+@pytest.mark.invariant(39)
+def test_an_endpoint_that_fails_one_process_stops_both_and_names_the_sample(two):
+    first, second = two["failing_endpoint"]
+    complaint = "RuntimeError: `reward` 'judge' raised EndpointError: `url='http://127.0.0.1"
+    assert second.startswith(f"2 {complaint}")
+    assert "answered 400 Bad Request ('\"no\"') on responses 2 to 3, the first of them" in second
+    assert first.startswith("2 RuntimeError: `reward` 'judge' failed on rank 1: ")
+    assert "on responses 2 to 3, the first of them" in first
 
 
 def test_a_tie_that_one_process_alone_sees_and_cannot_learn_from_stops_both(two):

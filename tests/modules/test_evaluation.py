@@ -309,7 +309,7 @@ def test_a_row_of_held_out_data_is_named_as_such():
         PromptDataModule(["a"], validation=["b", {"question": "c"}])
     with pytest.raises(ValueError, match=r"`test\[0\]` has the keys \['prompt'\]"):
         ConversationDataModule(["a"], test=[{"prompt": "c"}])
-    with pytest.raises(ValueError, match=r"`validation\[0\]`: `prompt=3` must be a string"):
+    with pytest.raises(ValueError, match=r"`validation\[0\]`: `prompt=3` must be text"):
         validated(ppo(), rows=[3])
 
 

@@ -368,7 +368,7 @@ def test_dropout_changes_no_score_in_the_middle_of_training():
 def test_a_row_may_be_as_long_as_the_tokenizer_says():
     tokenizer = word_tokenizer()
     tokenizer.model_max_length = 5
-    with pytest.raises(ValueError, match=r"`preferences\[0\]` has a row of 8 tokens, and 5 may be"):
+    with pytest.raises(ValueError, match=r"`preferences\[0\]` has 8 tokens, and the model has room for 5: "):
         fit(module_of(tokenizer=tokenizer))
 
 

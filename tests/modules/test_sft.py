@@ -165,9 +165,9 @@ def test_the_noise_of_every_batch_is_its_own():
 
 
 @pytest.mark.invariant(36)
-@pytest.mark.parametrize("step", [2, 5, 8])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, step):
-    arguments = {"optimizer": None, "lr_scheduler": "cosine", "warmup_updates": 3}
+@pytest.mark.parametrize(("step", "alpha"), [(2, 0.0), (5, 0.0), (8, 0.0), (5, 5.0)])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, step, alpha):
+    arguments = {"neftune_alpha": alpha, "optimizer": None, "lr_scheduler": "cosine", "warmup_updates": 3}
 
     def run(ckpt_path=None):
         keep = ModelCheckpoint(

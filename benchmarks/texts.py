@@ -1,0 +1,71 @@
+"""Prompts, examples and pairs of random words, the same for every system."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.workload import Size
+
+WORDS = 3
+"""The first token that is a word; the others are special."""
+
+PROMPT_TOKENS = (32, 64)
+EXAMPLE_TOKENS = (32, 96)
+
+
+def prompts(size: Size, count: int, seed: int = 0) -> list[str]:
+    """Prompts of 32 to 64 random words, uniform.
+
+    Args:
+        size: Of the network.
+        count: How many.
+        seed: The same seed gives the same prompts, and a larger count goes on with them.
+
+    Returns:
+        The prompts.
+    """
+    draw = random.Random(f"prompts {seed}")
+    return [_text(draw, size, PROMPT_TOKENS) for _ in range(count)]
+
+
+def examples(size: Size, count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Such prompts, and responses of 32 to 96 random tokens, EOS included, to imitate.
+
+    Args:
+        size: Of the network.
+        count: How many.
+        seed: The same seed gives the same examples, and a larger count goes on with them.
+
+    Returns:
+        Dicts of ``prompt`` and ``response``; the EOS is left for the systems to put there.
+    """
+    draw = random.Random(f"examples {seed}")
+    lowest, highest = EXAMPLE_TOKENS
+    rows = []
+    for _ in range(count):
+        prompt = _text(draw, size, PROMPT_TOKENS)
+        rows.append({"prompt": prompt, "response": _text(draw, size, (lowest - 1, highest - 1))})
+    return rows
+
+
+def pairs(size: Size, count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Such prompts, and two such responses to each, of which one is said to be better.
+
+    Args:
+        size: Of the network.
+        count: How many.
+        seed: The same seed gives the same pairs, and a larger count goes on with them.
+
+    Returns:
+        Dicts of ``prompt``, ``chosen`` and ``rejected``; the EOS is left for the systems to put there.
+    """
+    draw = random.Random(f"pairs {seed}")
+    lowest, highest = EXAMPLE_TOKENS
+    lengths = {"prompt": PROMPT_TOKENS, "chosen": (lowest - 1, highest - 1), "rejected": (lowest - 1, highest - 1)}
+    return [{key: _text(draw, size, tokens) for key, tokens in lengths.items()} for _ in range(count)]
+
+
+def _text(draw: random.Random, size: Size, tokens: tuple[int, int]) -> str:
+    return " ".join(f"w{draw.randrange(WORDS, size.vocabulary)}" for _ in range(draw.randint(*tokens)))
