@@ -137,7 +137,7 @@ class RLHFCLI(LightningCLI):
     def _alone(self, key: str, base: type) -> Any:
         """Builds what one section of the configuration says, and nothing else of it."""
         parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(base, key)
+        parser.add_subclass_arguments(base, key, fail_untyped=False)  # as Lightning reads them
         section = parser.parse_object({key: self.config[PLAN][key]})
         return parser.instantiate_classes(section)[key]
 

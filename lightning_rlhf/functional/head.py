@@ -18,24 +18,30 @@ GRADIENTS_AT_ONCE = 2**21
 """Gradients of logits that are made at once in the backward pass, of all tokens at some entries of the vocabulary."""
 
 
-def head_bytes(tokens: int, vocabulary: int, dtype: torch.dtype, kept_bytes: int = 2**30) -> tuple[int, int]:
+def head_bytes(
+    tokens: int, vocabulary: int, width: int, dtype: torch.dtype, trains: bool = True, kept_bytes: int = 2**30
+) -> tuple[int, int, int]:
     """Memory that :func:`head_logprobs` takes beside states, weights and their gradients.
 
     Args:
         tokens: That are predicted.
         vocabulary: Entries of it.
+        width: Of the states.
         dtype: Of the states.
+        trains: Whether the head's weight does.
         kept_bytes: As there.
 
     Returns:
-        Bytes of the softmax that lies between the passes, 0 where none does; and of the logits, or of the gradients of
-        some, that are there for a moment.
+        Bytes of the softmax that lies between the passes, 0 where none does; and what is there beside it for a moment,
+        in the forward pass some logits, in the backward pass the gradients of some and what these add to others.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    logits = min(tokens, rows_at_once(vocabulary)) * vocabulary * dtype.itemsize
-    gradients = tokens * min(vocabulary, _entries_at_once(tokens)) * (wide.itemsize + dtype.itemsize)
+    entries = min(vocabulary, _entries_at_once(tokens))
+    some, narrow = tokens * entries * wide.itemsize, 0 if dtype == wide else tokens * entries * dtype.itemsize
+    added = max(tokens, entries if trains else 0) * width * dtype.itemsize
     kept = tokens * vocabulary * dtype.itemsize if _is_kept(tokens, vocabulary, dtype, kept_bytes) else 0
-    return kept, max(logits, gradients)
+    logits = min(tokens, rows_at_once(vocabulary)) * vocabulary * dtype.itemsize
+    return kept, logits, max(2 * some, some + narrow + added)  # an entropy's gradient is as large as a log-prob's
 
 
 def rows_at_once(vocabulary: int) -> int:
@@ -122,6 +128,7 @@ class _HeadLogprobs(torch.autograd.Function):
             filled = None if probs is None else probs[part]
             read_logits(logits, chosen[part], temperature, read, logprobs[part], entropy[part], filled)
             log_mass[part] = logits.gather(1, chosen[part]).squeeze(1).to(dtype) / temperature - logprobs[part]
+            del logits  # or they would be there while the next are made
         ctx.save_for_backward(flat, weight, bias, chosen, outputs[1], log_mass, probs)
         ctx.temperature, ctx.shape = temperature, states.shape
         ctx.set_materialize_grads(False)
@@ -140,8 +147,8 @@ class _HeadLogprobs(torch.autograd.Function):
         for start in range(0, len(weight), entries):
             part = slice(start, start + entries)
             if probs is None:
-                logits = product(flat, weight[part], None if bias is None else bias[part])
-                some = logits.to(log_mass.dtype).div_(ctx.temperature).sub_(log_mass[:, None]).exp_()
+                some = product(flat, weight[part], None if bias is None else bias[part]).to(log_mass.dtype)
+                some.div_(ctx.temperature).sub_(log_mass[:, None]).exp_()
             else:
                 some = probs[:, part].contiguous()
             gradient = logits_gradient(some, chosen - start, for_logprobs, for_entropy, entropy.reshape(-1, 1))
@@ -152,5 +159,6 @@ class _HeadLogprobs(torch.autograd.Function):
                 grad_weight[part] = product(gradient.t(), flat.t())
             if grad_bias is not None:
                 grad_bias[part] = gradient.sum(0)
+            del some, gradient
         grad_states = None if grad_states is None else grad_states.view(ctx.shape)
         return grad_states, grad_weight, grad_bias, None, None, None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,29 +25,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def outlined(spec: ModelSpec, argument: str = "policy") -> PreTrainedModel:
-    """A language model without weights.
+def outlined(spec: ModelSpec, argument: str = "policy", scores: bool = False) -> Any:
+    """A model without weights.
 
     Args:
         spec: Of the model.
         argument: What the user calls it, for errors.
-
-    Returns:
-        The model in evaluation mode.
-
-    Raises:
-        ValueError: If its config cannot be read.
-    """
-    config = config_of(spec, argument)
-    return _from_config(_auto_class(config), config, spec)
-
-
-def outlined_classifier(spec: ModelSpec, argument: str = "reward") -> PreTrainedModel | HeadedModel:
-    """A sequence classifier without weights.
-
-    Args:
-        spec: Of the model.
-        argument: What the user calls it, for errors.
+        scores: Whether it is a sequence classifier, rather than a language model.
 
     Returns:
         The model in evaluation mode.
@@ -59,6 +42,8 @@ def outlined_classifier(spec: ModelSpec, argument: str = "reward") -> PreTrained
     from transformers import AutoModel, AutoModelForSequenceClassification
 
     config = config_of(spec, argument)
+    if not scores:
+        return _from_config(_auto_class(config), config, spec)
     if stored(config).get("head"):
         return HeadedModel(config, _from_config(AutoModel, config, spec)).eval()
     return _from_config(AutoModelForSequenceClassification, config, spec)
@@ -102,12 +87,12 @@ def _from_config(cls: Any, config: PretrainedConfig, spec: ModelSpec) -> PreTrai
         return cls.from_config(config, **options).eval()
 
 
-def rounded_weights(spec: ModelSpec, build: Callable[[ModelSpec], PreTrainedModel]) -> dict[str, int]:
+def rounded_weights(spec: ModelSpec, scores: bool = False) -> dict[str, int]:
     """What the weights take that are held in fewer bits.
 
     Args:
-        spec: Says how they are held.
-        build: Makes the network, such as :func:`outlined`.
+        spec: Of the model, and how they are held.
+        scores: As for :func:`outlined`.
 
     Returns:
         Bytes by the name of the weight; none where nothing is quantised.
@@ -117,7 +102,7 @@ def rounded_weights(spec: ModelSpec, build: Callable[[ModelSpec], PreTrainedMode
     if spec.quantization is None:
         return {}
     config = quantization_config(spec.quantization, spec.torch_dtype())
-    model = build(spec)
+    model = outlined(spec, scores=scores)
     before = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     plain = {name: type(module) for name, module in model.named_modules()}
     AutoHfQuantizer.from_config(config, pre_quantized=False).preprocess_model(model, device_map=None)

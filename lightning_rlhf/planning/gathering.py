@@ -13,8 +13,8 @@ BLOCKS_AT_ONCE = 3
 """Blocks that are gathered at a time: the one that runs, the next one, and the buffer that this one is copied from."""
 
 
-def whole(network: Network, placement: Placement) -> int:
-    """All weights of a network, as they are held while it writes.
+def while_writing(network: Network, placement: Placement) -> int:
+    """What is whole while a network writes: all of it, or what a pass needs where each token gathers that.
 
     Args:
         network: That is sharded or not.
@@ -23,7 +23,9 @@ def whole(network: Network, placement: Placement) -> int:
     Returns:
         Bytes beside the parts; 0 where nothing is sharded.
     """
-    return _weights(network.parameters, placement) if placement.is_sharded else 0
+    if not placement.holds_weights:
+        return while_running([network], placement)
+    return whole(network.parameters, placement)
 
 
 def while_running(networks: Sequence[Network], placement: Placement) -> int:
@@ -36,23 +38,24 @@ def while_running(networks: Sequence[Network], placement: Placement) -> int:
     Returns:
         Bytes beside the parts; 0 where nothing is sharded.
     """
-    if not placement.is_sharded:
-        return 0
-    blocks = [_weights(block.parameters(), placement) for network in networks for block in network.blocks]
-    return at_once(sum(left_whole(network, placement) for network in networks), blocks)
+    blocks = [whole(block.parameters(), placement) for network in networks for block in network.blocks]
+    return at_once(sum(whole(network.outside, placement) for network in networks), blocks)
 
 
-def left_whole(network: Network, placement: Placement) -> int:
-    """What stays whole from a pass forward to the next one back: all that lies outside of blocks.
+def whole(parameters: Iterable[nn.Parameter], placement: Placement) -> int:
+    """What parameters take once their parts are put together.
 
     Args:
-        network: That is sharded or not.
+        parameters: Of networks; one that is there twice counts once.
         placement: Of the run.
 
     Returns:
         Bytes beside the parts; 0 where nothing is sharded.
     """
-    return _weights(network.outside, placement) if placement.is_sharded else 0
+    if not placement.is_sharded:
+        return 0
+    unique = {id(p): p for p in parameters}.values()
+    return sum(p.numel() * placement.exchanged(p.dtype)[0].itemsize for p in unique)
 
 
 def at_once(root: int, blocks: Iterable[int]) -> int:
@@ -90,13 +93,8 @@ def exchanged(networks: Sequence[Network], placement: Placement) -> int:
     return sum(made for made, _ in roots) + max([*(added for _, added in roots), *blocks])
 
 
-def _weights(parameters: Iterable[nn.Parameter], placement: Placement) -> int:
-    unique = {id(p): p for p in parameters}.values()
-    return sum(p.numel() * placement.gathered(p.dtype).itemsize for p in unique)
-
-
 def _gradients(parameters: Iterable[nn.Parameter], placement: Placement) -> tuple[int, int]:
     """Bytes of the gradients, and of these in the type in which they are added up."""
     trained = {id(p): p for p in parameters if p.requires_grad}.values()
-    made = sum(p.numel() * placement.gathered(p.dtype).itemsize for p in trained)
-    return made, sum(p.numel() * placement.reduced(p.dtype).itemsize for p in trained)
+    types = [(p.numel(), *placement.exchanged(p.dtype)) for p in trained]
+    return sum(n * made.itemsize for n, made, _ in types), sum(n * added.itemsize for n, _, added in types)

@@ -16,7 +16,7 @@ from lightning_rlhf.models.blocks import find_stacks
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.freezing import freeze_weights
 from lightning_rlhf.models.loading import check_folder
-from lightning_rlhf.models.outline import outlined_classifier, rounded_weights, runnable
+from lightning_rlhf.models.outline import outlined, rounded_weights, runnable
 from lightning_rlhf.models.reward_folder import RewardAdapter
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.online import OnlineModule
@@ -130,7 +130,7 @@ class Networks:
         """
         for network in (*self.learning, self.reference):
             for parameter in [] if network is None else network.parameters:
-                parameter.data = parameter.data.to(placement.gathered(placement.held(parameter.dtype)))
+                parameter.data = parameter.data.to(placement.exchanged(placement.held(parameter.dtype))[0])
 
 
 def _reference(
@@ -202,7 +202,7 @@ def _rewards(mode: FakeTensorMode, module: RLHFModule, placement: Placement) -> 
 def _classifier(mode: FakeTensorMode, module: OnlineModule, reward: RewardModel, placement: Placement) -> Classifier:
     """One of them, of which each device has a part if it is sharded; it keeps its own type."""
     if reward.is_adapter:
-        model, own = outlined_classifier(module.spec), RewardAdapter.read(os.fspath(reward.spec.model)).state
+        model, own = outlined(module.spec, scores=True), RewardAdapter.read(os.fspath(reward.spec.model)).state
         runnable(model, mode)
         gathered = _gathered(mode, model) if placement.is_sharded else 0
         return Classifier(reward, model, placement.bytes_of(own.values()), gathered)
@@ -212,8 +212,8 @@ def _classifier(mode: FakeTensorMode, module: OnlineModule, reward: RewardModel,
             f"`quantization={spec.quantization!r}` of the reward model {reward.name!r}: its weights can be neither "
             "sharded nor moved. Leave it out, or pass `RewardModel(..., sharded=False)` and no `offload_frozen=True`."
         )
-    model = outlined_classifier(spec)
-    rounded = rounded_weights(spec, outlined_classifier)
+    model = outlined(spec, "reward", scores=True)
+    rounded = rounded_weights(spec, scores=True)
     sizes = {name: _size(parameter, placement if is_sharded else None) for name, parameter in model.named_parameters()}
     sizes |= {name: _size(buffer) for name, buffer in model.named_buffers()}
     runnable(model, mode)

@@ -135,7 +135,7 @@ def outline(
     """
     model = outlined(spec, argument)
     weights = dict(model.named_parameters())
-    rounded = {id(weights[name]): size for name, size in rounded_weights(spec, outlined).items()}
+    rounded = {id(weights[name]): size for name, size in rounded_weights(spec).items()}
     for weight in weights.values():
         weight.requires_grad_(id(weight) not in rounded)
     adapters = adapted(model, spec)

@@ -21,10 +21,11 @@ class HeadOnPaper(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, live: Live) -> Tensor:
         """Returns a number for each state, in the place of its log-prob."""
-        kept, ctx.at_once = head_bytes(states.shape[:-1].numel(), len(weight), states.dtype)
+        tokens, (vocabulary, width) = states.shape[:-1].numel(), weight.shape
+        kept, logits, ctx.at_once = head_bytes(tokens, vocabulary, width, states.dtype, ctx.needs_input_grad[1])
         with live.labelled(LOGITS):
-            _moment(ctx.at_once)
             softmax = _memory(kept if any(ctx.needs_input_grad) else 0)
+            _moment(logits)
         ctx.save_for_backward(states, weight, bias, softmax)
         ctx.live = live
         return states.new_zeros(*states.shape[:-1], 1, dtype=torch.float32)

@@ -67,10 +67,9 @@ class Passes:
             Bytes by what they are for, when they are most.
         """
         trained = [parameter for network in self.all for parameter in network.trained]
-        with self._live() as live:
+        with self._live(training=True) as live:
             hooks = [p.register_post_accumulate_grad_hook(lambda p: live.relabel(p.grad, GRADIENTS)) for p in trained]
             self._gradients(live, trained, in_forward)
-            self._modes(training=True)
             with self.placement.autocast():
                 objective = self._forward(live, rows)
             if not in_backward:
@@ -82,7 +81,6 @@ class Passes:
             hook.remove()
         return live.peak
 
-    @torch.no_grad()
     def scoring(self, rows: Rows) -> Counter[str]:
         """A forward pass without gradients, for log-probs alone.
 
@@ -92,13 +90,10 @@ class Passes:
         Returns:
             Bytes by what they are for, when they are most.
         """
-        with self._live() as live:
-            self._modes(training=False)
-            with self.placement.autocast():
-                self._forward(live, rows, with_values=False)
+        with self._reading() as live:
+            self._forward(live, rows, with_values=False)
         return live.peak
 
-    @torch.no_grad()
     def valuing(self, rows: Rows) -> Counter[str]:
         """A forward pass without gradients, for values alone, where the sampler does not have them.
 
@@ -108,16 +103,13 @@ class Passes:
         Returns:
             Bytes by what they are for, when they are most.
         """
-        with self._live() as live:
-            self._modes(training=False)
-            with self.placement.autocast():
-                if self.critic is not None:
-                    values_of(self.critic, rows)
-                elif isinstance(branch := self.network.value, ValueBranch | ValueAdapter):
-                    branch.alone(self.decoder, reading(self.decoder, rows))
+        with self._reading() as live:
+            if self.critic is not None:
+                values_of(self.critic, rows)
+            elif isinstance(branch := self.network.value, ValueBranch | ValueAdapter):
+                branch.alone(self.decoder, reading(self.decoder, rows))
         return live.peak
 
-    @torch.no_grad()
     def rollout(self, rows: Rows, group: int, sampling: Sampling) -> Counter[str]:
         """Reading of prompts, and the last step of writing, when the cache is longest.
 
@@ -129,32 +121,30 @@ class Passes:
         Returns:
             Bytes by what they are for, when they are most.
         """
-        with self._live() as live:
-            self._modes(training=False)
-            with self.placement.autocast():
-                tokens, mask, cache = self._begun(rows)
-                output = self.decoder(tokens, mask, keep=1, cache=cache, use_cache=self.decoder.caches)
-                cache = output.cache
-                read, logits = tokens.shape[1], output.logits[:, 0]
-                del output
+        with self._reading() as live:
+            tokens, mask, cache = self._begun(rows)
+            output = self.decoder(tokens, mask, keep=1, cache=cache, use_cache=self.decoder.caches)
+            cache = output.cache
+            read, logits = tokens.shape[1], output.logits[:, 0]
+            del output
+            hold(live, cache)
+            if cache is not None and group > 1:
+                cache.batch_repeat_interleave(group)
                 hold(live, cache)
-                if cache is not None and group > 1:
-                    cache.batch_repeat_interleave(group)
-                    hold(live, cache)
-                logits = logits.repeat_interleave(group, 0)
-                prompts, live.peak = live.peak, live.now.copy()  # from here on a step
-                count, last = rows.count * group, read + rows.response - 1
-                with live.labelled(LOGITS):
-                    draw(logits, torch.zeros(count), sampling)
-                drawing = live.peak[LOGITS]
-                read_again = 1 if getattr(cache, "past", cache) is not None else last
-                tokens = torch.zeros(count, read_again, dtype=torch.long)
-                mask = torch.ones(count, last if read_again > 1 else read + 1, dtype=torch.bool)
-                output = self.decoder(tokens, mask, keep=1, cache=cache, use_cache=self.decoder.caches)
-                hold(live, cache)
-                # Room for more tokens is made in this first step, and is there in the last one.
-                passing = live.peak.total() - live.now.total()
-                del output
+            logits = logits.repeat_interleave(group, 0)
+            prompts, live.peak = live.peak, live.now.copy()  # from here on a step
+            count, last = rows.count * group, read + rows.response - 1
+            with live.labelled(LOGITS):
+                draw(logits, torch.zeros(count), sampling)
+            drawing = live.peak[LOGITS]
+            read_again = 1 if getattr(cache, "past", cache) is not None else last
+            tokens = torch.zeros(count, read_again, dtype=torch.long)
+            mask = torch.ones(count, last if read_again > 1 else read + 1, dtype=torch.bool)
+            output = self.decoder(tokens, mask, keep=1, cache=cache, use_cache=self.decoder.caches)
+            hold(live, cache)
+            # Room for more tokens is made in this first step, and is there in the last one.
+            passing = live.peak.total() - live.now.total()
+            del output
         step = Counter({CACHE: longest(cache, read, last), LOGITS: drawing, ACTIVATIONS: passing})
         return max(prompts, step, key=Counter.total)
 
@@ -225,16 +215,19 @@ class Passes:
         is_same = logits.untyped_storage()._cdata == seen[-1].untyped_storage()._cdata and seen[-1]._version == 0
         return isinstance(self.head, nn.Linear) and is_same
 
-    def _modes(self, training: bool) -> None:
-        for network in self.all:
-            for part in network.modules:
-                part.train(training)
-
     @contextmanager
-    def _live(self) -> Iterator[Live]:
+    def _live(self, training: bool) -> Iterator[Live]:
         with self.mode, Live(ACTIVATIONS) as live:
             for network in self.all:
                 live.ignore(network.tensors)
+                for part in network.modules:
+                    part.train(training)
+            yield live
+
+    @contextmanager
+    def _reading(self) -> Iterator[Live]:
+        """Without gradients, as for all that does not train."""
+        with torch.no_grad(), self._live(training=False) as live, self.placement.autocast():
             yield live
 
     @staticmethod

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_rlhf.strategies.fsdp2 import NAME
 from lightning_rlhf.strategies.sharding import PRECISIONS
@@ -29,6 +30,7 @@ class Placement:
         precision: As Lightning writes it, such as ``"bf16-mixed"``.
         is_gpu: Whether the devices are GPUs.
         accumulates: Batches of an automatic optimizer step.
+        holds_weights: Whether a sharded policy is whole on every device while it writes.
     """
 
     devices: int = 1
@@ -36,6 +38,7 @@ class Placement:
     precision: str = "32-true"
     is_gpu: bool = True
     accumulates: int = 1
+    holds_weights: bool = True
 
     @classmethod
     def of(cls, trainer: Mapping[str, Any], devices: int | None = None) -> Placement:
@@ -64,7 +67,8 @@ class Placement:
                 f"`trainer.strategy={_name(trainer.get('strategy'))!r}`: use {' or '.join(map(repr, known))}."
             )
         is_gpu = trainer.get("accelerator") not in ("cpu",)
-        return cls(devices, spread, precision, is_gpu, int(trainer.get("accumulate_grad_batches") or 1))
+        accumulates = int(trainer.get("accumulate_grad_batches") or 1)
+        return cls(devices, spread, precision, is_gpu, accumulates, _holds_weights(trainer.get("strategy")))
 
     @property
     def is_sharded(self) -> bool:
@@ -82,27 +86,17 @@ class Placement:
         """
         return _PRECISIONS.get(self.precision, dtype) if dtype.is_floating_point else dtype
 
-    def gathered(self, dtype: torch.dtype) -> torch.dtype:
-        """In what type a weight is that the parts are put together to.
+    def exchanged(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        """In what types devices put together what each has a part of.
 
         Args:
             dtype: Of the parts.
 
         Returns:
-            The type.
+            That of whole weights, in which their gradients are made, and that in which all devices add these up.
         """
-        return PRECISIONS[self.precision].param_dtype or dtype if self.is_sharded else dtype
-
-    def reduced(self, dtype: torch.dtype) -> torch.dtype:
-        """In what type gradients are added up over devices.
-
-        Args:
-            dtype: Of the gradients.
-
-        Returns:
-            The type.
-        """
-        return PRECISIONS[self.precision].reduce_dtype or dtype if self.is_sharded else dtype
+        policy = PRECISIONS[self.precision] if self.is_sharded else MixedPrecisionPolicy()
+        return policy.param_dtype or dtype, policy.reduce_dtype or dtype
 
     def autocast(self) -> AbstractContextManager[Any]:
         """As Lightning lets a mixed precision compute."""
@@ -165,6 +159,13 @@ def _spread(strategy: Any, devices: int) -> Spread:
     if name in ("auto", "SingleDeviceStrategy"):
         return "one" if devices == 1 else "ddp"
     raise ValueError(f"`trainer.strategy={name!r}` cannot be planned: use 'auto', 'ddp' or {NAME!r}.")
+
+
+def _holds_weights(strategy: Any) -> bool:
+    """Whether a strategy gathers the policy for a whole rollout, which is what it does unless it is told."""
+    if not hasattr(strategy, "get"):
+        return bool(getattr(strategy, "hold_weights", True))
+    return bool((strategy.get("init_args") or {}).get("hold_weights", True))
 
 
 def _name(strategy: Any) -> str:

@@ -82,12 +82,11 @@ class Plan:
         """
         networks = Networks.of(module, placement)
         batches = Batches.of(module, networks, sizes)
-        held, at_once = _held(module, networks, placement)
+        held, at_once = standing(module, networks, placement)
         policy, learning = networks.policy, networks.learning
-        standing = {EXCHANGE: gathering.exchanged(learning, placement) if placement.spread == "ddp" else 0}
-        held += Counter(standing)
+        held += Counter({EXCHANGE: gathering.exchanged(learning, placement) if placement.spread == "ddp" else 0})
         exchange = Counter({EXCHANGE: gathering.exchanged(learning, placement) if placement.is_sharded else 0})
-        whole = Counter({GATHERED: gathering.whole(policy, placement)})
+        writing = Counter({GATHERED: gathering.while_writing(policy, placement)})
         running = Counter({GATHERED: gathering.while_running(learning, placement)})
         reading = _gathered_in_scoring(networks, placement)
         networks.compute_in(placement)
@@ -98,7 +97,7 @@ class Plan:
         if isinstance(module, OnlineModule):
             trunk = _trunk(passes, batches, module.trunk_gib)
             rollout = passes.rollout(batches.prompts, module.responses_per_prompt, module.sampling)
-            phases[GENERATE] = held + trunk + whole + rollout
+            phases[GENERATE] = held + trunk + writing + rollout
             phases[SCORE] = held + trunk + _scoring(module, networks, batches, passes, reading)
             trunk += Counter({TRUNK: passes.trunk_bytes(batches.minibatch) if trunk else 0})  # a copy, in pieces
         update = passes.update(batches.micro, *batches.finds_gradients(module, placement))
@@ -112,8 +111,17 @@ class Plan:
         return cls(phases, batches.facts(module, networks))
 
 
-def _held(module: RLHFModule, networks: Networks, placement: Placement) -> tuple[Counter[str], int]:
-    """What is there from the first update on, and what an optimizer's step takes beside it."""
+def standing(module: RLHFModule, networks: Networks, placement: Placement) -> tuple[Counter[str], int]:
+    """What is there from the first update on.
+
+    Args:
+        module: That has not built its networks.
+        networks: Of the module, as they are held.
+        placement: Of the run.
+
+    Returns:
+        Bytes by what they are for, and those that an optimizer's step takes beside them for a moment.
+    """
     policy, critic = networks.policy, networks.critic
     state, at_once = optimizer_bytes(module, networks, placement)
     waits = isinstance(module, OnlineModule) and module.offload_frozen
@@ -136,7 +144,7 @@ def _gathered_in_scoring(networks: Networks, placement: Placement) -> dict[str, 
     """
     valuing, policy = networks.critic or networks.policy, networks.policy
     reads = networks.critic is not None or isinstance(policy.value, ValueBranch | ValueAdapter)
-    left = gathering.left_whole(valuing, placement) if reads else 0
+    left = gathering.whole(valuing.outside, placement) if reads else 0
     running = {
         VALUE: gathering.while_running([valuing], placement),
         REFERENCE: gathering.while_running([networks.reference or policy], placement) + left,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from rich.table import Table
+from torch import nn
 
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.critics import ActorCriticModule
 from lightning_rlhf.modules.online import OnlineModule
+from lightning_rlhf.modules.optimization import is_bitsandbytes, make_optimizer
 from lightning_rlhf.planning.paper import ACTIVATIONS, CACHE, GRADIENTS, LOGITS
 from lightning_rlhf.planning.placement import Placement
 from lightning_rlhf.planning.plan import (
@@ -105,16 +108,16 @@ def _remedies(part: str, phase: str, module: RLHFModule, placement: Placement) -
         yield "`policy.quantization: nf4-dq` holds frozen weights in four bits."
     if part in (POLICY, GRADIENTS, OPTIMIZER, EXCHANGE) and spec.adapter is None and spec.num_layers_unfrozen == -1:
         yield "`policy.adapter` or `policy.num_layers_unfrozen` trains less, and needs no full copy as the reference."
-    if part == OPTIMIZER and not shares and spec.adapter is None:
+    if part == OPTIMIZER and not shares and spec.adapter is None and not _is_of_bitsandbytes(module):
         yield "`optimizer: bitsandbytes.optim.AdamW8bit` takes a quarter of AdamW's memory."
     if part in (POLICY, GRADIENTS, OPTIMIZER, REFERENCE) and shares:
         yield "More devices: each then has a smaller part."
     if part == GATHERED and placement.precision == "32-true":
         yield "`trainer.precision: bf16-mixed` gathers weights in half the size."
-    if part == GATHERED and phase == GENERATE:
+    if part == GATHERED and phase == GENERATE and placement.holds_weights:
         yield (
-            "The whole policy is on every device while it writes: take a smaller one, or one in four bits with an "
-            "adapter (`policy.quantization: nf4-dq`) under `trainer.strategy: ddp`."
+            "The whole policy is on every device while it writes: `hold_weights: false` of `RLHFStrategy` gathers it "
+            "block by block for every token instead, which takes longer."
         )
     if part == VALUE and isinstance(module, ActorCriticModule) and not module.sampler_keeps_values:
         yield "A value head on the policy's own states (no `critic`, `num_value_layers_unfrozen: 0`) copies no blocks."
@@ -129,6 +132,10 @@ def _remedies(part: str, phase: str, module: RLHFModule, placement: Placement) -
     yield from _smaller_batches(part, phase, module)
 
 
+def _is_of_bitsandbytes(module: RLHFModule) -> bool:
+    return is_bitsandbytes(make_optimizer(module.optimizer, [{"params": [nn.Parameter(torch.empty(1))]}]))
+
+
 def _smaller_batches(part: str, phase: str, module: RLHFModule) -> Iterator[str]:
     if part == CACHE or (part in (ACTIVATIONS, LOGITS, TRUNK) and phase == GENERATE):
         yield "A smaller `data.batch_size` or `sampling.max_new_tokens` writes less at a time."
@@ -136,6 +143,9 @@ def _smaller_batches(part: str, phase: str, module: RLHFModule) -> Iterator[str]
         if not module.spec.gradient_checkpointing:
             yield "`policy.gradient_checkpointing: true` computes activations again instead of holding them."
         if isinstance(module, OnlineModule):
-            yield "A smaller `micro_batch_size` holds fewer rows at a time, and changes no result."
+            if module.micro_batch_tokens is not None:
+                yield "A smaller `micro_batch_tokens` holds fewer rows at a time, and changes no result."
+            elif module.micro_batch_size != 1:
+                yield "A smaller `micro_batch_size` holds fewer rows at a time, and changes no result."
         else:
             yield "A smaller `data.batch_size`, and more `trainer.accumulate_grad_batches`, holds fewer rows at a time."

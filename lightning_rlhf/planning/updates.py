@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.optimization import check_shards, is_bitsandbytes, make_optimizer, parameter_groups
@@ -54,9 +55,30 @@ def optimizer_bytes(module: RLHFModule, networks: Networks, placement: Placement
         live.ignore(p.grad for p in parts.values() if p.grad is not None)
         if is_bitsandbytes(optimizer):
             _begin(optimizer)
+            if not placement.is_gpu:
+                with KernelsOfCPU():
+                    optimizer.step()
         else:
             _step(optimizer, placement)
+            live.peak = live.now.copy()  # of the next one, when all of the state is there
+            optimizer.step()
     return live.now[STEP], live.peak[STEP] - live.now[STEP]
+
+
+class KernelsOfCPU(TorchDispatchMode):
+    """Lets bitsandbytes' updates be seen where they are spelt out in PyTorch, which is on a CPU.
+
+    On tensors without numbers an operator of its own stands for a kernel that takes nothing beside its arguments; that
+    of a CPU makes copies as large as a parameter.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operator, or what it is made of."""
+        from bitsandbytes.backends.cpu import ops
+
+        namespace, _, name = func._schema.name.partition("::")
+        spelt_out = getattr(ops, f"_{name}_cpu", None) if namespace == "bitsandbytes" else None
+        return (spelt_out or func)(*args, **(kwargs or {}))
 
 
 def _part(parameter: nn.Parameter, placement: Placement) -> nn.Parameter:
@@ -68,7 +90,7 @@ def _part(parameter: nn.Parameter, placement: Placement) -> nn.Parameter:
 
 
 def _begin(optimizer: Any) -> None:
-    """Makes the state, as bitsandbytes does in its first step; its kernels take nothing beside it."""
+    """Makes all of the state, as bitsandbytes does in its first step, one parameter after the other."""
     for i, group in enumerate(optimizer.param_groups):
         for j, parameter in enumerate(group["params"]):
             optimizer.init_state(group, parameter, i, j)

@@ -17,7 +17,7 @@ from lightning_rlhf.models.critics import Critic, check_ranks, check_weights, is
 from lightning_rlhf.models.freezing import freeze_weights
 from lightning_rlhf.models.heads import HEADS
 from lightning_rlhf.models.loading import check_folder
-from lightning_rlhf.models.outline import outlined_classifier
+from lightning_rlhf.models.outline import outlined
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.critics import ActorCriticModule
 from lightning_rlhf.planning.outlines import Network, outline
@@ -100,7 +100,7 @@ def _critic(mode: FakeTensorMode, module: ActorCriticModule) -> Network:
     check_weights(spec)
     score = None
     if not module.copies_policy and is_classifier(spec):
-        score = score_of(outlined_classifier(spec, "critic"), module.value_head is None)
+        score = score_of(outlined(spec, "critic", scores=True), module.value_head is None)
     network = outline(mode, spec, module.disable_dropout, "critic")
     freeze_weights(network.decoder, spec.num_layers_unfrozen)
     check_ranks(network.decoder)

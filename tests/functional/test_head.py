@@ -111,12 +111,6 @@ def test_no_logits_of_all_tokens_are_ever_there_where_none_are_kept(monkeypatch:
     assert largest.numel < 64 * VOCABULARY / 2
 
 
-def test_a_temperature_that_is_not_positive_is_refused() -> None:
-    states, weight, _, tokens = inputs(3)
-    with pytest.raises(ValueError, match="`temperature=0.0` must be positive"):
-        head_logprobs(states, weight, None, tokens, 0.0)
-
-
 @pytest.mark.invariant(16)
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_a_temperature_that_is_not_positive_is_an_error(temperature: float) -> None:

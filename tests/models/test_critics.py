@@ -14,7 +14,7 @@ from lightning_rlhf.models.critics import Critic, critic_network, is_classifier
 from lightning_rlhf.models.encoder_decoder import decoder_of
 from lightning_rlhf.models.freezing import freeze, keep_frozen_blocks
 from lightning_rlhf.models.heads import LinearValueHead, ValueHead
-from lightning_rlhf.models.outline import outlined_classifier
+from lightning_rlhf.models.outline import outlined
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.probing import probe
 from tests.networks import (
@@ -197,7 +197,7 @@ def test_a_critic_that_was_a_reward_model_s_export_gives_its_score(name, tmp_pat
     teacher.mean, teacher.std = 3.0, 0.5
     teacher.save_pretrained(tmp_path)
     expected = RewardModel(tmp_path)(["a b c"], ["d e"])[0]
-    outline = dict(outlined_classifier(ModelSpec(tmp_path)).named_parameters())
+    outline = dict(outlined(ModelSpec(tmp_path), scores=True).named_parameters())
     assert {n: (p.shape, p.is_meta) for n, p in outline.items()} == {
         n: (p.shape, True) for n, p in teacher.policy.decoder.model.named_parameters()
     }

@@ -1,0 +1,35 @@
+"""What takes the place of a head allocates what the head does."""
+
+import pytest
+import torch
+
+from lightning_rlhf.functional import head
+from lightning_rlhf.functional.head import head_logprobs
+from lightning_rlhf.planning.live import Live
+from lightning_rlhf.planning.paper import HeadOnPaper
+
+TOKENS, VOCABULARY, WIDTH = 200, 1000, 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_head_on_paper_takes_what_the_head_takes(trains, dtype, monkeypatch):
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 50 * VOCABULARY)  # four products
+    monkeypatch.setattr(head, "LOGITS_READ_AT_ONCE", VOCABULARY)
+    monkeypatch.setattr(head, "GRADIENTS_AT_ONCE", 100 * TOKENS)  # ten products
+
+    def peak(say):
+        states = torch.zeros(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
+        weight = torch.zeros(VOCABULARY, WIDTH, dtype=dtype, requires_grad=trains)
+        with Live("all") as live:
+            live.ignore([states, weight])
+            say(states, weight, live).sum().backward()
+        return live.peak.total()
+
+    def said(states, weight):
+        return head_logprobs(states, weight, None, torch.zeros(TOKENS, dtype=torch.long))
+
+    paper = peak(lambda states, weight, live: HeadOnPaper.apply(states, weight, None, live))
+    assert paper == pytest.approx(
+        peak(lambda states, weight, _: torch.stack(said(states, weight))), rel=0.05
+    )  # a few numbers per token are not counted
