@@ -34,7 +34,7 @@ def prompt_ids(prompt: Any, tokenizer: Any, has_encoder: bool = False) -> list[i
         return templated(prompt, tokenizer, add_generation_prompt=True)
     if not isinstance(prompt, str):
         raise ValueError(
-            f"`prompt={prompt!r}` must be a string, or a list of chat messages with the keys 'role' and 'content'."
+            f"`prompt={prompt!r}` must be text, or a list of chat messages with the keys 'role' and 'content'."
         )
     ids = list(tokenizer(prompt)["input_ids"])
     if not has_encoder and ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):

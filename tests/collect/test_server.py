@@ -15,7 +15,7 @@ from lightning_rlhf.collect.tasks import read_tasks
 SCRIPT = "<script>alert(1)</script>"
 ROWS = [
     {"prompt": [{"role": "user", "content": "Hi"}], "responses": [SCRIPT, "y"]},
-    {"prompt": "Line\n  two", "responses": ["\ud800", "y\n\nz"]},
+    {"prompt": "Line\n  two", "responses": ["\x01", "y\n\nz"]},
     {"prompt": "three", "responses": ["x", "y", "z"]},
 ]
 
@@ -55,7 +55,7 @@ def test_a_task_is_shown_answered_and_undone(store):
     assert state["progress"] == {"tasks": 3, "done": 0, "flagged": 0, "yours": 0, "alpha": None, "units": 0}
     after = prefers(client, state, "y", grade=3, comment=" why ")
     assert after["task"]["prompt"] == [{"role": None, "content": "Line\n  two"}]
-    assert "\ud800" in after["task"]["responses"]
+    assert "\x01" in after["task"]["responses"]
     assert (after["progress"]["done"], after["progress"]["yours"]) == (1, 1)
     back = ask(client, "undo")
     assert back["task"]["task"] == state["task"]["task"]

@@ -78,7 +78,7 @@ def test_chat_messages_without_a_template_are_an_error_that_says_what_to_set():
 
 @pytest.mark.parametrize("prompt", [3, None, ["a"], [], {"role": "user", "content": "a"}, [{"role": "user"}]])
 def test_what_is_neither_text_nor_chat_is_an_error_that_quotes_it(prompt):
-    with pytest.raises(ValueError, match="must be a string, or a list of chat messages") as error:
+    with pytest.raises(ValueError, match="must be text, or a list of chat messages") as error:
         prompt_ids(prompt, word_tokenizer())
     assert repr(prompt) in str(error.value)
 

@@ -22,7 +22,7 @@ import torch
 WORLD_SIZE = 2
 
 
-def spawned(cases: str, names: list[str], strategy: str, folder: Path, limit: float = 240.0) -> dict[str, list[Any]]:
+def spawned(cases: str, names: list[str], strategy: str, folder: Path, limit: float = 600.0) -> dict[str, list[Any]]:
     """Runs functions on two processes.
 
     Args:

@@ -13,7 +13,7 @@ from tests.distributed.spawn import spawned
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),  # the first test of a strategy waits for all of its cases
+    pytest.mark.timeout(660),  # the first test of a strategy waits for all of its cases
     pytest.mark.filterwarnings("ignore:The tokenizer has 8 tokens and the model 7 rows"),
 ]
 

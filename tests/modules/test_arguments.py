@@ -119,7 +119,7 @@ def test_a_function_that_is_defined_in_a_function_is_left_out():
         (
             SFTModule,
             "clip_range",
-            "it takes .*disable_dropout, evaluation_sampling, .*lr_scheduler, optimizer, policy, s",
+            "it takes .*disable_dropout, evaluation_sampling, .*lr_scheduler, neftune_alpha, optimizer, policy, s",
         ),
     ],
 )
