@@ -84,7 +84,7 @@ def people(tmp_path):
         yield server, Person(first, server.url), Person(second, server.url)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_two_people_answer_over_a_kill_and_a_reward_model_learns_from_it(people, tmp_path, monkeypatch):
     server, ann, bob = people
     with_mouse(ann)
