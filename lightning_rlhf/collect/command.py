@@ -53,10 +53,10 @@ def collect(args: Sequence[str], parser_class: type[ArgumentParser] = ArgumentPa
     parser = collect_parser(parser_class)
     config = parser.parse_args(list(args))
     name = config.subcommand
-    section = parser.instantiate_classes(config)[name]
-    arguments = {key: section[key] for key in COMMANDS[name].__dataclass_fields__}  # type: ignore[attr-defined]
+    fields = COMMANDS[name].__dataclass_fields__  # type: ignore[attr-defined]
     try:
-        COMMANDS[name](**arguments).run()
+        section = parser.instantiate_classes(config)[name]  # a judge looks at its arguments
+        COMMANDS[name](**{key: section[key] for key in fields}).run()
     except USER_ERRORS as error:
         parser.error(str(error), error)
     except KeyboardInterrupt:

@@ -141,6 +141,11 @@ def test_writers_that_could_write_no_choice_are_refused(arguments, message):
         (["export", "--database", "x.sqlite", "--output", "o.jsonl"], "there is no such file"),
         (["progress", "--database", "x.sqlite"], "there is no such file"),
         (["judge", "--database", "x.sqlite"], "`judge` is missing"),
+        (
+            ["judge", "--database", "x.sqlite", "--judge", "ChatJudge", "--judge.model", "m", "--judge.url", "no"],
+            "`url='no/chat/completions'` must begin with http",
+        ),
+        (["add", "--database", "x.sqlite", "--sampling.temperature", "-1"], "`temperature=-1.0` must be positive"),
         (["serve", "--database", "x.sqlite", "--annotators", '{"ann": "short"}'], "`annotators['ann']` must have at"),
         (["serve", "--database", "x.sqlite", "--annotators", '["a", "b"]', "--host", "0.0.0.0"], "set a `token`"),
         (
