@@ -35,9 +35,10 @@ def turns(prompt: Any) -> list[Turn]:
     """
     if is_chat(prompt):
         return [{"role": str(message["role"]), "content": _text(message["content"])} for message in prompt]
-    if not prompt.lstrip("\n").startswith("Human:"):
+    transcript = prompt.lstrip("\n")
+    if not transcript.startswith("Human:"):
         return [{"role": None, "content": prompt}]
-    _, *parts = _SPEAKER.split(prompt)
+    _, *parts = _SPEAKER.split(transcript)
     spoken: list[Turn] = [
         {"role": role, "content": content.strip()} for role, content in zip(parts[::2], parts[1::2], strict=True)
     ]

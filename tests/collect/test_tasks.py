@@ -106,6 +106,8 @@ def test_turns_are_those_of_a_chat_or_a_transcript():
         {"role": "Assistant", "content": "c"},
         {"role": "Human", "content": "d"},
     ]
+    for begin in ("", "\n", "\n\n\n"):
+        assert turns(begin + "Human: a") == [{"role": "Human", "content": "a"}]
     assert turns("What is\n\nHuman: nature?") == [{"role": None, "content": "What is\n\nHuman: nature?"}]
     assert (
         turns([{"role": "user", "content": [{"type": "image"}]}])[0]["content"] == '[\n  {\n    "type": "image"\n  }\n]'
