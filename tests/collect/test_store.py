@@ -310,6 +310,27 @@ def test_many_threads_lose_nothing_and_double_nothing(path):
     assert [row["given"] for row in store.database.rows("SELECT given FROM tasks")] == [2] * 60
 
 
+def _lease_what_is_not_there(database):
+    with database.transaction():
+        database.execute("PRAGMA defer_foreign_keys = ON")  # only COMMIT sees that it is wrong
+        database.execute("INSERT INTO leases VALUES (99, 'a', '[]', 0, 0)")
+
+
+def test_what_could_not_be_written_is_not_there_and_the_next_answer_is(path):
+    store = store_of(path, 2)
+    given = store.next("a")
+    fields = ("a", given.task, given.shown, Answer("preference", FIRST, comment="x" * 10_000))
+    store.database.execute("PRAGMA max_page_count = 1")  # the disk is full
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        store.answer(*fields)
+    store.database.execute("PRAGMA max_page_count = 1000000")
+    with pytest.raises(sqlite3.IntegrityError):
+        _lease_what_is_not_there(store.database)
+    assert store.database.rows("SELECT 1 FROM leases WHERE task = 99") == []
+    store.answer(*fields)
+    assert len(list(store.preferences())) == 1
+
+
 KILLED = """
 import os, signal, sys
 from lightning_rlhf.collect.answers import Answer
