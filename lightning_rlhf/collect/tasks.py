@@ -54,7 +54,7 @@ class Task:
             responses: Any number.
             sources: One for each.
             metadata: Every other key of the row.
-            key: By default a digest of prompt and responses.
+            key: By default a digest of prompt and responses, in whatever order these stand.
 
         Returns:
             The task, or None if less than two responses are left.
@@ -64,7 +64,7 @@ class Task:
             distinct.setdefault(response, source)
         if len(distinct) < 2:
             return None
-        key = key or digest([prompt, *distinct])
+        key = key or digest([prompt, *sorted(distinct)])
         return cls(prompt, tuple(distinct), tuple(distinct.values()), metadata, key)
 
 

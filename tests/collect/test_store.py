@@ -248,6 +248,8 @@ def test_the_same_tasks_again_are_not_added_and_a_new_one_is(path):
     store = store_of(path, 2)
     assert store.add(read_tasks(rows(3)).tasks) == 1
     assert counts(store)[0] == 3
+    pairs = [{"prompt": "p", "chosen": a, "rejected": b} for a, b in ("xy", "yx", "xy")]  # of people who disagree
+    assert store.add(read_tasks(pairs).tasks) == 1
 
 
 def test_what_is_not_sqlite_or_not_ours_is_refused(path, tmp_path):
