@@ -6,7 +6,6 @@ import csv
 import gzip
 import json
 import os
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -121,6 +120,8 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[int, Row]]:
 
 def _sqlite(path: Path, name: str) -> Iterator[tuple[int, Row]]:
     """Reads a table, or view, of rows as JSON; a server may be writing to the file."""
+    import sqlite3  # which nothing else needs
+
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)) as connection:
             rows = connection.execute("SELECT id, row FROM preferences").fetchall()
