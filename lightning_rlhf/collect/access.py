@@ -40,6 +40,8 @@ class Access:
         token: str | None = None,
         annotators: Sequence[str] | Mapping[str, str] | None = None,
     ) -> None:
+        if annotators is not None and not annotators:
+            raise ValueError(f"`annotators={annotators!r}` lets nobody in: name somebody, or leave it out.")
         tokens = dict(annotators) if isinstance(annotators, Mapping) else {}
         if token is None and not tokens and not is_local(host):
             raise ValueError(

@@ -34,6 +34,8 @@ def test_beyond_this_machine_a_token_is_needed(database):
         ({"annotators": {"ann": ""}}, r"`annotators\['ann'\]` must have at least 8"),
         ({"annotators": TOKENS, "token": "long enough"}, "exclude each other"),
         ({"annotators": {"a": "the same one", "b": "the same one"}}, "two have the same token"),
+        ({"annotators": []}, r"`annotators=\[\]` lets nobody in"),
+        ({"annotators": {}}, "`annotators={}` lets nobody in"),
         ({"annotators": ["a", " "]}, "`name=''` must have 1 to 64 characters"),
     ],
 )
