@@ -26,7 +26,7 @@ class Writers:
         responses_per_prompt: How many are written to each prompt.
         sampling: How tokens are drawn.
         batch_size: Prompts that are answered side by side.
-        seed: The same seed gives the same responses.
+        seed: The same seed gives the same responses to a prompt, whatever else is written.
         device: Where the policies are; by default on a GPU if there is one.
     """
 
@@ -61,6 +61,7 @@ class Writers:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         short = [PurePath(policy).name for policy in self.policies]
         self.names = short if len(set(short)) == len(short) else self.policies
+        self._loaded: tuple[str, SFTModule] | None = None
 
     def key(self, prompt: Any) -> str:
         """Of the task that a prompt becomes; so it is known before anything is written.
@@ -95,16 +96,23 @@ class Writers:
             tasks.append(Task.of(prompt, responses, sources, metadata, self.key(prompt)))
         return tasks
 
+    def _module(self, policy: str) -> SFTModule:
+        """A policy, which stays until another is asked for: there is one in memory at a time."""
+        if self._loaded is None or self._loaded[0] != policy:
+            self._loaded = None
+            module = SFTModule(policy)
+            module.configure_model()
+            self._loaded = policy, module.to(self.device)
+        return self._loaded[1]
+
     def _written(self, policy: str, number: int, prompts: Sequence[Any], share: int) -> Iterator[list[str]]:
         """So many responses of one policy to each prompt, as they follow it: a space at their beginning stays."""
-        module = SFTModule(policy)
-        module.configure_model()
-        module.to(self.device)
+        module = self._module(policy)
         seed = derived_seed(self.seed, "generate", number)
         for start in range(0, len(prompts), self.batch_size):
             some = list(prompts[start : start + self.batch_size])
             batch = as_prompt_batch(some, module.tokenizer, module.policy.decoder.has_encoder).to(module.device)
-            rows = range(start * share, (start + len(some)) * share)
+            rows = [int(digest(prompt)[:14], 16) * MOST + j for prompt in some for j in range(share)]
             uniforms = row_uniforms(seed, "generate", (), rows, self.sampling.max_new_tokens)
             with torch.no_grad():
                 rollouts = module.respond(batch, uniforms, self.sampling, group_size=share)

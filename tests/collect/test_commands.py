@@ -97,15 +97,23 @@ def test_two_policies_write_in_turns_and_only_what_is_not_there(policies, capsys
     assert "0 tasks are new" in said(capsys, *words)
 
 
-def test_what_is_written_depends_on_the_seed_and_not_on_the_batch(policies):
+def test_what_is_written_depends_on_the_seed_and_not_on_the_batch_or_on_what_was_there(policies):
     prompts = [("a b", {}), ("c", {}), ("d e f", {})]
 
-    def written(**more):
+    def written(prompts=prompts, **more):
         writers = Writers([str(policies / "old")], 2, Sampling(max_new_tokens=5), device="cpu", **more)
         return [task and task.responses for task in writers.tasks(prompts)]
 
     assert written() == written(batch_size=1)
+    assert written()[1:] == written(prompts[1:])
     assert written() != written(seed=1)
+
+
+def test_a_policy_that_writes_alone_is_loaded_once(policies, monkeypatch):
+    writers = Writers([str(policies / "old")], 2, Sampling(max_new_tokens=2), device="cpu")
+    writers.tasks([("a", {})])
+    monkeypatch.setattr("lightning_rlhf.collect.sampling.SFTModule", None)
+    assert len(writers.tasks([("b", {})])) == 1
 
 
 @pytest.mark.parametrize(
