@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from lightning_rlhf.collect.answers import Answer
 from lightning_rlhf.collect.store import Store
+from lightning_rlhf.data.formats import is_chat
 from lightning_rlhf.rewards.model import RewardModel
 
 Comparison = tuple[Any, Sequence[str]]
@@ -39,7 +43,8 @@ class RewardJudge(Judge):
     """A reward model: what scores higher is better.
 
     Args:
-        model: A folder or name, of :class:`RewardModule` or of any sequence classifier; or a :class:`RewardModel`.
+        model: A folder or name, of :class:`RewardModule` or of any sequence classifier, which goes to a GPU if there is
+            one; or a :class:`RewardModel`.
         tie_within: Responses tie whose scores differ by no more than this.
         name: Under which its answers are kept; by default the reward model's.
     """
@@ -47,16 +52,25 @@ class RewardJudge(Judge):
     def __init__(self, model: str | RewardModel, tie_within: float = 0.0, name: str | None = None) -> None:
         if not tie_within >= 0:
             raise ValueError(f"`tie_within={tie_within}` must not be negative.")
-        self.model = model if isinstance(model, RewardModel) else RewardModel(model)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = model if isinstance(model, RewardModel) else RewardModel(model, device=device)
         self.tie_within = tie_within
         self.name = name or self.model.name
 
     def answers(self, comparisons: Sequence[Comparison]) -> Iterator[Answer]:
-        """Scores all responses at once."""
-        prompts = [prompt for prompt, responses in comparisons for _ in responses]
-        scores = iter(self.model(prompts, [response for _, responses in comparisons for response in responses]))
-        for _, responses in comparisons:
-            own = [next(scores) for _ in responses]
+        """Scores all responses at once, but for those to strings and to chat messages, which no batch may mix."""
+        scores: list[list[float]] = [[] for _ in comparisons]
+        for kind in (False, True):
+            numbers = [number for number, (prompt, _) in enumerate(comparisons) if is_chat(prompt) is kind]
+            rows = [(number, response) for number in numbers for response in comparisons[number][1]]
+            if not rows:
+                continue
+            found = self.model([comparisons[number][0] for number, _ in rows], [response for _, response in rows])
+            for (number, response), score in zip(rows, found, strict=True):
+                if not math.isfinite(score):
+                    raise ValueError(f"the score {score} of the response {response[:80]!r} must be finite.")
+                scores[number].append(score)
+        for own in scores:
             comment = "scores " + ", ".join(f"{score:.4g}" for score in own)
             yield Answer("preference", tuple(places(own, self.tie_within)), comment=comment)
 
@@ -108,8 +122,10 @@ def judge_all(store: Store, judge: Judge, batch_size: int = 32) -> int:
             try:
                 answer = next(answers)
             except Exception as error:
+                later = f" (or on a later one, up to {chunk[-1]}: it got them at once)" if number < chunk[-1] else ""
                 raise ValueError(
                     f"the judge {judge.name!r} failed on task {number}, {done} of {len(numbers)} are answered: {error}"
+                    f"{later}"
                 ) from error
             store.judge(judge.name, number, answer)
             done += 1

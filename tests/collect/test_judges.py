@@ -54,6 +54,10 @@ def test_a_judge_that_fails_says_where_and_goes_on_from_there(tmp_path):
     with pytest.raises(ValueError, match="the judge 'shortest' failed on task 4, 3 of 5 are answered: out of paper"):
         judge_all(store, Shortest("p3"), 10)
     assert len(list(store.preferences())) == 3
+    with pytest.raises(ValueError, match=r"on task 4, .*: out of paper \(or on a later one, up to 5: it got them at"):
+        judge_all(store, Shortest("p3"), 2)
+    with pytest.raises(ValueError, match="on task 4, .*: out of paper$"):
+        judge_all(store, Shortest("p3"), 1)
     assert judge_all(store, Shortest()) == 2
     with pytest.raises(ValueError, match="`batch_size=0` must be at least 1"):
         judge_all(store, Shortest(), 0)
@@ -73,21 +77,43 @@ def test_places_are_those_of_scores_and_close_ones_share(scores, within, expecte
 
 
 def test_a_reward_model_prefers_what_it_scores_higher(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        RewardModel, "__call__", lambda self, prompts, responses: [float(len(text)) for text in responses]
-    )
+    def scored(self, prompts, responses):
+        assert len(set(map(type, prompts))) == 1  # as a reward model requires
+        return [float(len(text)) for text in responses]
+
+    monkeypatch.setattr(RewardModel, "__call__", scored)
     store = store_of(
-        tmp_path, [{"prompt": "p", "responses": ["abc", "a", "ab"]}, {"prompt": CHAT, "responses": ["a", "b"]}]
+        tmp_path,
+        [
+            {"prompt": "p", "responses": ["abc", "a", "ab"]},
+            {"prompt": CHAT, "responses": ["a", "b"]},
+            {"prompt": "q", "responses": ["a", "ab"]},
+        ],
     )
     judge = RewardJudge("folders/critic")
     assert judge.name == "critic"
-    assert judge_all(store, judge) == 2
-    ranking, tie = store.preferences()
+    assert judge_all(store, judge) == 3
+    ranking, tie, pair = store.preferences()
+    assert pair["chosen"] == "ab"
     assert ranking["ranks"] == [1, 3, 2]
     assert ranking["comment"] == "scores 3, 1, 2"
     assert tie["tie"] is True
     with pytest.raises(ValueError, match="`tie_within=-1` must not be negative"):
         RewardJudge("x", tie_within=-1)
+
+
+def test_a_score_that_is_no_number_is_no_preference(tmp_path, monkeypatch):
+    monkeypatch.setattr(RewardModel, "__call__", lambda self, prompts, responses: [1.0, float("nan")])
+    store = store_of(tmp_path, [{"prompt": "p", "responses": ["ab", "c"]}])
+    with pytest.raises(ValueError, match="failed on task 1, .*the score nan of the response 'c' must be finite"):
+        judge_all(store, RewardJudge("critic"))
+    assert list(store.preferences()) == []
+
+
+def test_a_reward_model_goes_to_the_gpu_that_there_is(monkeypatch):
+    for is_there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda is_there=is_there: is_there)
+        assert RewardJudge("critic").model.device.type == device
 
 
 # --- over HTTP --------------------------------------------------------------------------------------------------------
