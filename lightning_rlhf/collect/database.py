@@ -12,6 +12,9 @@ from typing import Any
 
 VERSION = 1
 
+OLDEST = (3, 38)
+"""Version of SQLite that has the operators ``->`` and ``->>``."""
+
 TABLES = """
 CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 
@@ -101,6 +104,11 @@ class Database:
             raise ValueError(f"{name} must end with .sqlite, by which the DataModules know what it is.")
         if must_exist and not self.path.is_file():
             raise FileNotFoundError(f"{name}: there is no such file (looked in {Path.cwd()}).")
+        if sqlite3.sqlite_version_info < OLDEST:
+            raise ImportError(
+                f"SQLite {sqlite3.sqlite_version} is too old, and must be {'.'.join(map(str, OLDEST))} at least: take "
+                "a Python that brings a newer one."
+            )
         self._lock = threading.RLock()
         try:
             self._connection = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)

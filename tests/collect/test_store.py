@@ -267,6 +267,12 @@ def test_what_is_not_sqlite_or_not_ours_is_refused(path, tmp_path):
         Store(tmp_path / "none.sqlite", must_exist=True)
 
 
+def test_a_sqlite_that_cannot_read_json_says_so(path, monkeypatch):
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 37, 2))
+    with pytest.raises(ImportError, match=r"is too old, and must be 3\.38 at least"):
+        Store(path)
+
+
 def test_annotators_and_judges_have_names_of_their_own(path):
     store = store_of(path)
     store.join("a")
