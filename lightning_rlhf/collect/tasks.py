@@ -16,6 +16,9 @@ from lightning_rlhf.data.formats import Row, is_chat, located_rows
 MOST = 9
 """Responses to a prompt: each has a key of its own."""
 
+EXPORTED = ("annotator", "comment", "grade", "sources", "task")
+"""What exported answers say of themselves, beside the row's own keys."""
+
 FORMS = (
     "'prompt' and 'responses'; 'prompt' and 'response', a row for each response; 'prompt' alone, for responses to be "
     "sampled; or what PreferenceDataModule reads"
@@ -100,8 +103,9 @@ def read_tasks(source: Any, argument: str = "prompts", columns: Mapping[str, str
 
     Args:
         source: The path of a JSONL, CSV or Parquet file, or a list of rows: with ``prompt`` and ``responses``; with
-            ``prompt`` and ``response``, where the rows with the same prompt make one task; with ``prompt`` alone; or
-            any form that :class:`PreferenceDataModule` reads, whose preference is not looked at.
+            ``prompt`` and ``response``, where the rows with the same prompt make one task, whose metadata is what they
+            have in common; with ``prompt`` alone; or any form that :class:`PreferenceDataModule` reads, whose
+            preference is not looked at.
         argument: What the user calls the source, for errors.
         columns: The rows' own names for these keys, where they differ.
 
@@ -122,7 +126,7 @@ def read_tasks(source: Any, argument: str = "prompts", columns: Mapping[str, str
     for place, row in located_rows(source, argument, "prompt"):
         given = _jsonable({key: value for key, value in row.items() if value is not None}, place)
         row = {names[name]: value for name, value in given.items() if name in names}
-        metadata = {name: value for name, value in given.items() if name not in (*names, *known)}
+        metadata = _own({name: value for name, value in given.items() if name not in (*names, *known)}, place)
         if "responses" in row:
             row = {key: value for key, value in row.items() if key not in ("scores", "tie", "margin")}
             row["ranks"] = list(range(_count(row["responses"])))
@@ -141,7 +145,10 @@ def read_tasks(source: Any, argument: str = "prompts", columns: Mapping[str, str
         if response is None:
             found.prompts.append((prompt, metadata))
         elif isinstance(response, str):
-            apart.setdefault(digest(prompt), (prompt, [], metadata))[1].append(response)
+            _, responses, shared = apart.setdefault(digest(prompt), (prompt, [], metadata))
+            responses.append(response)
+            for name in [name for name, value in shared.items() if metadata.get(name) != value]:
+                del shared[name]
         else:
             raise ValueError(f"{place}: `response={_short(response)}` must be text.")
     for prompt, responses, metadata in apart.values():
@@ -160,6 +167,18 @@ def _jsonable(row: Row, place: str) -> Row:
         return json.loads(json.dumps(row, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{place} holds what cannot be written as JSON: {error}") from error
+
+
+def _own(metadata: Row, place: str) -> Row:
+    """Without what an exported answer says of itself: the next ones are of others."""
+    if {"annotator", "task"} <= metadata.keys():
+        return {name: value for name, value in metadata.items() if name not in EXPORTED}
+    for name in EXPORTED:
+        if name in metadata:
+            raise ValueError(
+                f"{place}: `{name}={_short(metadata[name])}` has a name that exported answers need: give it another."
+            )
+    return metadata
 
 
 def _count(responses: Any) -> int:

@@ -42,6 +42,16 @@ def test_rows_with_the_same_prompt_and_a_response_each_are_one_task():
     assert [(task.prompt, task.responses) for task in read.tasks] == [("a", ("1", "3")), (CHAT, ("2", "4"))]
 
 
+def test_of_rows_that_make_one_task_the_metadata_is_what_they_have_in_common():
+    rows = [{"prompt": "a", "response": str(n), "topic": "t", "score": n, **({"odd": 1} if n else {})} for n in (0, 1)]
+    assert found(rows) == [("a", ["0", "1"], {"topic": "t"})]
+
+
+def test_what_exported_answers_say_of_themselves_is_no_metadata_and_no_name_for_it():
+    answer = {"prompt": "p", "chosen": "x", "rejected": "y", "annotator": "a", "task": 3, "grade": 1, "topic": "t"}
+    assert found([answer]) == [("p", ["x", "y"], {"topic": "t"})]
+
+
 def test_prompts_without_responses_are_told_apart_and_what_has_no_choice_is_counted():
     read = read_tasks(["a", CHAT, {"prompt": "b", "id": 7}, {"prompt": "c", "responses": ["x", "x"]}])
     assert read.prompts == [("a", {}), (CHAT, {}), ("b", {"id": 7})]
@@ -66,6 +76,8 @@ def test_columns_have_the_names_that_one_says():
         ({"prompt": 3}, "`prompt=3` must be text"),
         ({"text": "x"}, "`prompt=None` must be text, .* A row has 'prompt' and 'responses'"),
         ({"prompt": "p", "response": 3}, "`response=3` must be text"),
+        ({"prompt": "p", "task": "maths"}, "`task='maths'` has a name that exported answers need"),
+        ({"prompt": "p", "responses": ["x", "y"], "sources": ["a", "b"]}, "`sources=.* has a name that"),
         ({"prompt": "p", "chosen": "x", "rejected": 3}, "`rejected=3`"),
         ({"prompt": "p", "score": float("nan")}, "cannot be written as JSON"),
     ],
