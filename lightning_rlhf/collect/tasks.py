@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_rlhf.data.comparisons import KEYS, comparison
+from lightning_rlhf.data.fields import Fields
 from lightning_rlhf.data.formats import Row, is_chat, located_rows
 
 MOST = 9
@@ -120,13 +121,12 @@ def read_tasks(source: Any, argument: str = "prompts", columns: Mapping[str, str
     for key in columns:
         if key not in known:
             raise ValueError(f"`columns` names {key!r}, which must be one of {', '.join(map(repr, known))}.")
-    names = {columns.get(key, key): key for key in known}
     found = Read()
     apart: dict[str, tuple[Any, list[str], Row]] = {}
     for place, row in located_rows(source, argument, "prompt"):
-        given = _jsonable({key: value for key, value in row.items() if value is not None}, place)
-        row = {names[name]: value for name, value in given.items() if name in names}
-        metadata = _own({name: value for name, value in given.items() if name not in (*names, *known)}, place)
+        fields = Fields(_jsonable(row, place), place, columns, known)
+        row = fields.known
+        metadata = _own({name: value for name, value in fields.but(*known).items() if name not in known}, place)
         if "responses" in row:
             row = {key: value for key, value in row.items() if key not in ("scores", "tie", "margin")}
             row["ranks"] = list(range(_count(row["responses"])))
@@ -138,9 +138,9 @@ def read_tasks(source: Any, argument: str = "prompts", columns: Mapping[str, str
             continue
         prompt, response = row.get("prompt"), row.get("response")
         if not (isinstance(prompt, str) or is_chat(prompt)):
-            raise ValueError(
-                f"{place}: `prompt={_short(prompt)}` must be text, or a list of chat messages with the keys 'role' and "
-                f"'content'. A row has {FORMS}."
+            raise fields.wrong(
+                "prompt",
+                f"must be text, or a list of chat messages with the keys 'role' and 'content'. A row has {FORMS}",
             )
         if response is None:
             found.prompts.append((prompt, metadata))
@@ -150,7 +150,7 @@ def read_tasks(source: Any, argument: str = "prompts", columns: Mapping[str, str
             for name in [name for name, value in shared.items() if metadata.get(name) != value]:
                 del shared[name]
         else:
-            raise ValueError(f"{place}: `response={_short(response)}` must be text.")
+            raise fields.wrong("response", "must be text")
     for prompt, responses, metadata in apart.values():
         if len(set(responses)) > MOST:
             raise ValueError(

@@ -132,6 +132,8 @@ def test_the_same_answer_twice_is_one_and_another_is_refused(path):
         store.answer("a", given.task, given.shown, Answer("preference", SECOND))
     with pytest.raises(ConflictError, match="undo that answer"):
         store.answer("a", given.task, given.shown[::-1], Answer("preference", FIRST, grade=2, comment="why"))
+    with pytest.raises(ConflictError, match="undo that answer"):
+        store.answer("a", given.task, (7, 8), Answer("preference", FIRST, grade=2, comment="why"))
     assert len(list(store.preferences())) == 1
 
 
@@ -209,6 +211,9 @@ def test_undo_goes_back_answer_by_answer_and_never_to_those_of_others(path):
     assert [store.undo("a").task, store.undo("a").task] == tasks[::-1]
     assert store.undo("a") is None
     assert len(list(store.preferences())) == 1
+    prefers(store, "a", "x")
+    assert store.next("a").task == tasks[1]
+    assert store.undo("a").task == tasks[0]
     # What was taken back and is not held any more waits for whoever comes.
     assert store.next("b").task == tasks[1]
 

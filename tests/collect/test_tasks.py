@@ -40,6 +40,7 @@ def test_rows_with_the_same_prompt_and_a_response_each_are_one_task():
     rows = [{"prompt": p, "response": r} for p, r in [("a", "1"), (CHAT, "2"), ("a", "3"), (CHAT, "4"), ("a", "1")]]
     read = read_tasks(rows)
     assert [(task.prompt, task.responses) for task in read.tasks] == [("a", ("1", "3")), (CHAT, ("2", "4"))]
+    assert found([{"prompt": "a", "completion": text} for text in "xy"]) == [("a", ["x", "y"], {})]  # as others have it
 
 
 def test_of_rows_that_make_one_task_the_metadata_is_what_they_have_in_common():
@@ -62,6 +63,8 @@ def test_prompts_without_responses_are_told_apart_and_what_has_no_choice_is_coun
 def test_columns_have_the_names_that_one_says():
     rows = [{"question": "p", "a": "x", "b": "y"}]
     assert found(rows, columns={"prompt": "question", "chosen": "a", "rejected": "b"}) == [("p", ["x", "y"], {})]
+    with pytest.raises(ValueError, match="`text=3` must be text"):
+        read_tasks([{"prompt": "p", "text": 3}], columns={"response": "text"})
     with pytest.raises(ValueError, match="`columns` names 'query', which must be one of 'prompt'"):
         read_tasks(rows, columns={"query": "question"})
 
