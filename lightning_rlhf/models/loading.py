@@ -13,7 +13,7 @@ import torch
 
 from lightning_rlhf.models.adapter_configs import AdapterLike, has_adapter_only, plain_adapter
 from lightning_rlhf.models.adapters import Adapters
-from lightning_rlhf.models.quantization import QuantizationLike, plain_quantization, quantization_config, steady
+from lightning_rlhf.models.quantization import QuantizationLike, copied, plain_quantization, quantization_config, steady
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -149,7 +149,7 @@ class ModelSpec:
         from transformers import PretrainedConfig, PreTrainedModel
 
         if isinstance(self.model, PreTrainedModel):
-            model = copy.deepcopy(self.model).to(self.torch_dtype())
+            model = copied(self.model, self.torch_dtype())
         elif isinstance(self.model, PretrainedConfig):
             model = self._from_config(copy.deepcopy(self.model))
         elif self.is_named:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
     QuantizationLike: TypeAlias = str | Mapping[str, Any] | BitsAndBytesConfig | None
 else:
@@ -119,6 +120,27 @@ def is_quantized(model: nn.Module) -> bool:
         The answer.
     """
     return any(_bits(module) for module in model.modules())
+
+
+def copied(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy of a user's own model, which stays as it is.
+
+    Args:
+        model: Any.
+        dtype: Of the copy.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: If it is quantised: rounded weights have no other type.
+    """
+    if is_quantized(model):
+        raise ValueError(
+            f"`model={type(model).__name__}` is quantised, and cannot be copied as {dtype}: pass the folder or name "
+            "that it was read from, `ModelSpec(<folder>, quantization='nf4')`."
+        )
+    return copy.deepcopy(model).to(dtype)
 
 
 def steady(model: nn.Module) -> None:

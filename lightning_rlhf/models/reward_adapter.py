@@ -44,6 +44,7 @@ class AdapterClassifier(Classifier):
         self.pad, self.labels, self.pools_by_pad = 0, 1, False
         self.pads = policy.decoder.pads
         self.rows = int(self.model.get_input_embeddings().weight.shape[0])
+        self._kept: list[Tensor] = []
 
     @property
     def stored(self) -> dict[str, Any]:
@@ -54,6 +55,22 @@ class AdapterClassifier(Classifier):
     def network(self) -> nn.Module:
         """Nothing: the adapter is the policy's to move, shard and deal out, and the head is no parameter."""
         return nn.Module()
+
+    def keep(self) -> None:
+        """Remembers the adapter's weights, of sharded ones this process's."""
+        self._kept = [weight.detach().clone() for weight in self._weights]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Gives the adapter the weights again that were remembered, if any were."""
+        for weight, kept in zip(self._weights, self._kept, strict=bool(self._kept)):
+            weight.copy_(kept)
+
+    @property
+    def _weights(self) -> list[nn.Parameter]:
+        adapters = self.policy.decoder.adapters
+        assert adapters is not None
+        return adapters.parameters(self.name)
 
     @torch.no_grad()
     def _run(self, rows: Sequence[Row], pad: int | None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_rlhf.models.adapter_configs import has_adapter_only
 from lightning_rlhf.models.headed import HeadedModel
 from lightning_rlhf.models.loading import ModelSpec, check_folder
-from lightning_rlhf.models.quantization import quantization_config, steady
+from lightning_rlhf.models.quantization import copied, quantization_config, steady
 
 STORED = "reward"
 """Where a config keeps how a reward model is to be read: ``mean`` and ``std`` of its scores, how it ``reads`` texts,
@@ -40,7 +40,7 @@ def load_scorer(spec: ModelSpec) -> Any:
     if isinstance(spec.model, PretrainedConfig):
         return _from_config(copy.deepcopy(spec.model), spec)
     if isinstance(spec.model, HeadedModel) or (isinstance(spec.model, PreTrainedModel) and _is_scorer(spec.model)):
-        return copy.deepcopy(spec.model).to(spec.torch_dtype())
+        return copied(spec.model, spec.torch_dtype())
     if isinstance(spec.model, PreTrainedModel):
         # transformers knows which weights of one class are those of another, once they lie in a folder.
         with tempfile.TemporaryDirectory() as folder:

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_rlhf.models.adapter_reference import on_the_same_model
 from lightning_rlhf.models.hydra import reference_of
@@ -13,7 +14,7 @@ from lightning_rlhf.models.loading import ModelSpec
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.quantization import is_quantized
 from lightning_rlhf.models.reference import Reference
-from lightning_rlhf.models.reward_adapter import on_the_policy
+from lightning_rlhf.models.reward_adapter import AdapterClassifier, on_the_policy
 from lightning_rlhf.modules.evaluation import PromptEvaluation
 from lightning_rlhf.modules.manual import ManualModule
 from lightning_rlhf.modules.scoring import load_models, shard_models
@@ -50,6 +51,19 @@ class OnlineNetworks(PromptEvaluation, ManualModule):
             self.reference.waits = self.offload_frozen
         if self.offload_frozen:
             self._check_offloaded()
+
+    def configure_model(self) -> None:
+        """With reward models; remembers what a sharded checkpoint, which is read whole, would bring of others."""
+        super().configure_model()
+        if isinstance(self.policy, FSDPModule):
+            for judge in self._judges_beside:
+                judge.keep()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with the reward models that this module was given, whichever the checkpoint's run had."""
+        super().on_load_checkpoint(checkpoint)
+        for judge in self._judges_beside:
+            judge.put_back()
 
     def _reference(self) -> Reference:
         if self.reference_spec is None:
@@ -95,6 +109,11 @@ class OnlineNetworks(PromptEvaluation, ManualModule):
     @property
     def _reward_adapters(self) -> list[RewardModel]:
         return [model for model in self.reward.models if model.is_adapter]
+
+    @property
+    def _judges_beside(self) -> list[AdapterClassifier]:
+        classifiers = (model.classifier for model in self.reward.models)
+        return [classifier for classifier in classifiers if isinstance(classifier, AdapterClassifier)]
 
     @property
     def _sharded_rewards(self) -> list[RewardModel]:

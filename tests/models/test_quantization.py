@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from lightning_rlhf import ModelSpec
 from lightning_rlhf.models.adapter_reference import AdapterReference
@@ -27,6 +27,7 @@ from lightning_rlhf.models.quantization import (
     steady,
 )
 from lightning_rlhf.models.reference import fingerprint
+from lightning_rlhf.models.scorer_loading import load_scorer
 from lightning_rlhf.modules.saving import merged
 from tests.models.test_reference import BY_LENGTH, rollouts, scored, train
 from tests.networks import ARCHITECTURES, network, tiny_gpt2
@@ -181,6 +182,18 @@ def test_what_is_in_memory_already_is_not_read_in_another_way(name):
     for model in (tiny_gpt2(), network(tiny_gpt2())):
         with pytest.raises(ValueError, match=f"`{name}='nf4'` is a way of reading weights, .* by `save_pretrained`"):
             ModelSpec(model, **{name: "nf4"})
+
+
+@pytest.mark.parametrize("kind", [{"load_in_4bit": True}, {"load_in_8bit": True, "llm_int8_threshold": 0.0}])
+def test_a_quantised_object_is_refused_by_name(kind, folder):
+    options = {"quantization_config": BitsAndBytesConfig(**kind, llm_int8_skip_modules=["score"])}
+    complaint = r"`model={}.*` is quantised, and cannot be copied as torch.float32: pass the folder .*quantization="
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    with pytest.raises(ValueError, match=complaint.format(type(model).__name__)):
+        ModelSpec(model, adapter={"peft_type": "LORA"}).load()
+    scorer = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, **options)
+    with pytest.raises(ValueError, match=complaint.format(type(scorer).__name__)):
+        load_scorer(ModelSpec(scorer, adapter={"peft_type": "LORA"}))
 
 
 def test_a_gguf_file_is_not_quantised_again():

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lightning_rlhf import ModelSpec, PPOModule, PromptDataModule, RewardModel
+from lightning_rlhf import ModelSpec, PPOModule, PromptDataModule, RewardModel, RewardModule
 from lightning_rlhf.models.hydra import HydraReference
 from lightning_rlhf.strategies import sharding
 from lightning_rlhf.strategies.checkpoint_io import replace_folder
@@ -201,6 +201,40 @@ def test_a_checkpoint_that_fails_leaves_the_old_one_whole(is_folder, tmp_path, m
     again = bare_trainer(strategy=RLHFStrategy(save_distributed_checkpoint=is_folder), max_epochs=2)
     again.fit(other, datamodule=PromptDataModule(PROMPTS, batch_size=6), ckpt_path=path)
     assert other.iteration == 2
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # which PEFT then mends by itself
+@pytest.mark.parametrize("is_folder", [True, False], ids=["folder", "file"])
+def test_a_run_goes_on_with_the_reward_adapter_that_it_is_given_not_with_that_of_the_checkpoint(is_folder, tmp_path):
+    base, path = tmp_path / "base", tmp_path / "last.ckpt"
+    network(tiny_gpt2()).save_pretrained(base)
+    word_tokenizer().save_pretrained(base)
+    lora = {"peft_type": "LORA", "r": 2, "init_lora_weights": False}
+    judges = {}
+    for seed in (1, 2):
+        judge = RewardModule(ModelSpec(base, adapter=lora), seed=seed)
+        judge.save_pretrained(tmp_path / f"judge{seed}", merge_adapter=False)
+        judges[seed] = judge.score(["a b", "c"], ["d e", "f"])
+    assert min(abs(a - b) for a, b in zip(judges[1], judges[2], strict=True)) > 1e-3
+
+    def run(seed, **flags):
+        judge = tmp_path / f"judge{seed}"
+        module = module_of(PPOModule, ModelSpec(base, adapter=lora), tokenizer=None, reward=judge, critic="policy")
+        trainer = bare_trainer(strategy=RLHFStrategy(save_distributed_checkpoint=is_folder), **flags)
+        return module, trainer
+
+    module, trainer = run(1, max_epochs=1)
+    trainer.fit(module, datamodule=PromptDataModule(PROMPTS, batch_size=6))
+    trainer.save_checkpoint(path)
+    expected = {name: parameter.full_tensor() for name, parameter in module.named_parameters()}
+    dist.destroy_process_group()
+    for seed in (1, 2):
+        module, trainer = run(seed, max_epochs=1)
+        trainer.fit(module, datamodule=PromptDataModule(PROMPTS, batch_size=6), ckpt_path=path)
+        for name, parameter in module.named_parameters():
+            assert torch.equal(parameter.full_tensor(), expected[name]) or (seed == 2 and "reward_adapter" in name)
+        assert module.reward.models[0](["a b", "c"], ["d e", "f"]) == pytest.approx(judges[seed], abs=1e-5)
+        dist.destroy_process_group()
 
 
 def test_a_folder_takes_the_place_of_another_or_of_a_file(tmp_path):
