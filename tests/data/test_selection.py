@@ -122,6 +122,7 @@ def test_only_what_is_read_makes_a_row_another():
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     assert kept(PreferenceDataModule, pair, {**pair, "chosen": "c", "rejected": "b"}) == 2
     assert kept(PreferenceDataModule, pair, {"prompt": "a", "responses": ["c", "b"], "ranks": [2, 1]}) == 1
+    assert kept(PreferenceDataModule, *({**pair, "margin": margin} for margin in (0, 0.0, 2))) == 2
     assert kept(RewardedDataModule, *({"prompt": "a", "response": "b", "score": s} for s in (1, 1.0, 2))) == 2
     assert kept(PromptDataModule, "Stra\u00dfe  a", "strasse a\n", how="normalized") == 1
     assert kept(PromptDataModule, "Stra\u00dfe  a", "strasse a\n") == 2
