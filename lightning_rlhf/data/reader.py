@@ -123,7 +123,6 @@ class Reader:
         """
         argument, count = self.data.argument, 0
         unique = Unique(self.data.deduplicate)
-        self._duplicates[argument] = 0
         dropped, cut = self._begin(argument)
         for row, place in self._parsed(located(source, argument, self.data.text_key)):
             count += 1
