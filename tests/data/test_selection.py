@@ -206,7 +206,7 @@ def test_a_prompt_that_is_cut_keeps_its_special_tokens():
     assert found.prompt_tokens.tolist() == [[1, 2, EOS]]
     data = PromptDataModule(["b c d <eos>"], truncate={"prompt": "right"}, max_prompt_length=3)
     assert batch(data).prompt_tokens.tolist() == [[1, 2, 3]]  # nothing ends a prompt that goes on
-    data = PromptDataModule(["a b"], truncate={"prompt": "left"}, max_prompt_length=1)
+    data = PromptDataModule(["a b"], truncate={"prompt": "right"}, max_prompt_length=1)
     with pytest.raises(ValueError, match=r"`prompts\[0\]` has 2 tokens of prompt"):  # of which nothing would be left
         batch(data, tokenizer=tokenizer)
 
