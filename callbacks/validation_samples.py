@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_rlhf.batches import ImitationBatch
 from lightning_rlhf.callbacks.sample_table import check_counts, log_samples, show
 from lightning_rlhf.chance import row_uniforms
-from lightning_rlhf.modules.ranks import rank, world_size
+from lightning_rlhf.modules.ranks import most_over_ranks, rank, world_size
 
 
 class ValidationSamples(Callback):
@@ -66,7 +66,9 @@ def written(module: Any, batch: ImitationBatch) -> list[str]:
     """
     width = int(batch.prompt_mask.sum(1).max())
     sampling, decoder = module.evaluation_sampling, module.policy.decoder
-    room = decoder.response_room if decoder.has_encoder else decoder.prompt_room(width)
+    # Processes that gather weights for every token write equally long.
+    widest = most_over_ranks(width, batch.prompt_mask.device)
+    room = decoder.response_room if decoder.has_encoder else decoder.prompt_room(widest)
     if room is not None and room < sampling.max_new_tokens:
         fewer = {"max_new_tokens": room, "min_new_tokens": min(sampling.min_new_tokens, room)}
         sampling = sampling.but(fewer, "evaluation_sampling")

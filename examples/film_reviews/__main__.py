@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_rlhf import PPOModule, PromptDataModule
+from lightning_rlhf.examples.film_reviews.reviews import read
 from lightning_rlhf.examples.film_reviews.task import (
     HELD_OUT,
     OPENING,
     FilmReviews,
     lexicon_score,
-    read,
     rows_of,
     write,
 )

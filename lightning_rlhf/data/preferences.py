@@ -60,8 +60,8 @@ class PreferenceDataModule(RLHFDataModule):
         return [comparison(row, place, self.columns)]
 
     def texts(self, row: Comparison) -> list[Any]:
-        """The prompt, the responses, and their places."""
-        return [row.prompt, row.responses, row.ranks]
+        """The prompt, the responses, their places, and the margin."""
+        return [row.prompt, row.responses, row.ranks, row.margin]
 
     def metadata(self, row: Comparison) -> Row:
         """Every other key."""

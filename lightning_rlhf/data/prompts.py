@@ -56,6 +56,11 @@ class PromptDataModule(RLHFDataModule):
         name = fields.names["prompt"]
         if not fields.has("prompt"):
             raise ValueError(f"{place} has no key {name!r}: it has {sorted(map(str, row))}.")
+        if name != "prompt" and "prompt" in row:
+            raise ValueError(
+                f"{place} has {name!r}, which `columns` says is the prompt, and 'prompt' beside it: rename or "
+                "remove one."
+            )
         return [{"prompt": fields.prompt(), **{str(key): value for key, value in row.items() if key != name}}]
 
     def texts(self, row: Row) -> list[Any]:

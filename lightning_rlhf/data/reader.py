@@ -106,7 +106,8 @@ class Reader:
         self._tell(argument, len(rows) + self._duplicates.get(argument, 0))
         if not items:
             raise ValueError(
-                f"`{argument}`: all {len(rows)} rows are too long: raise the limits, which are {dict(data.limits.own)}."
+                f"`{argument}`: all {len(rows)} rows are too long: raise the limits ({data.limits}), or let rows be "
+                "cut, by `truncate`."
             )
         self._made[argument] = data.tokenizer, room, rows, items
         return items
@@ -122,7 +123,6 @@ class Reader:
         """
         argument, count = self.data.argument, 0
         unique = Unique(self.data.deduplicate)
-        self._duplicates[argument] = 0
         dropped, cut = self._begin(argument)
         for row, place in self._parsed(located(source, argument, self.data.text_key)):
             count += 1

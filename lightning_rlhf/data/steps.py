@@ -128,8 +128,9 @@ def tokenized_steps(row: Steps, separator: str | None, tokenizer: Any) -> Tokeni
     """
     with at(row.place):
         prompt = prompt_ids(row.prompt, tokenizer)
-        response, last = step_ids(*_told_apart(row, separator), separator, tokenizer)
-        return Tokenized(prompt, [response], row, [t in set(last) for t in range(len(response))])
+        response, found = step_ids(*_told_apart(row, separator), separator, tokenizer)
+        last = set(found)
+        return Tokenized(prompt, [response], row, [t in last for t in range(len(response))])
 
 
 def step_batch(items: Sequence[Tokenized], pad: int) -> StepBatch:

@@ -1,25 +1,13 @@
-"""Reviews are read, set apart and matched as they should be."""
-
-import csv
+"""Reviews are set apart and matched as they should be."""
 
 import pytest
 
 from benchmarks import film_reviews
-from benchmarks.film_reviews import Reviews
+from lightning_rlhf.examples.film_reviews.reviews import Reviews
 
 
-def test_reviews_of_one_source_are_read_once_and_split_without_overlap(tmp_path):
-    path = tmp_path / "reviews.csv"
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label", "source"])
-        for i in range(20):
-            writer.writerow([f"text {i},<br />more", i % 2, "imdb"])
-        writer.writerow(["text 3,<br />more", 1, "imdb"])
-        writer.writerow(["other", 1, "rotten_tomatoes"])
-    reviews = film_reviews.read(path, "imdb")
-    assert reviews.positive == [f"text {i}, more" for i in range(1, 20, 2)]
-    assert reviews.negative == [f"text {i}, more" for i in range(0, 20, 2)]
+def test_reviews_are_split_without_overlap():
+    reviews = Reviews([f"text {i}" for i in range(1, 20, 2)], [f"text {i}" for i in range(0, 20, 2)])
     learn, held_out = film_reviews.split(reviews, 3, seed=0)
     assert film_reviews.split(reviews, 3, seed=0) == (learn, held_out)
     assert film_reviews.split(reviews, 3, seed=1) != (learn, held_out)
@@ -43,8 +31,3 @@ def test_every_review_is_in_one_pair_of_a_round():
 
 def test_equal_scores_are_right_by_half():
     assert film_reviews.share_right([1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 4.0, -1.0]) == pytest.approx(2.5 / 4)
-
-
-def test_what_is_not_installed_is_said():
-    with pytest.raises(SystemExit, match="`no_such_reviews` is not installed"):
-        film_reviews.installed("no_such_reviews")

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from lightning_rlhf import ConversationDataModule, SFTModule
-from lightning_rlhf.callbacks import ValidationSamples
+from lightning_rlhf.callbacks import ValidationSamples, validation_samples
 from lightning_rlhf.models.reference import fingerprint
 from tests.networks import ENCODER_DECODERS, POSITIONS, network, tiny_gpt2, word_tokenizer
 from tests.training import bare_trainer
@@ -73,6 +73,13 @@ def test_a_response_has_the_room_that_the_prompt_leaves():
     rows = [{"prompt": "a " * (POSITIONS - 3), "response": "b"}]
     _, tables = run([ValidationSamples(console=False)], rows=rows, validation=rows)
     assert all(len(row[1].split()) <= 3 for _, _, data, _ in tables for row in data)
+
+
+def test_no_process_writes_more_than_the_longest_prompt_of_all_leaves_room_for(monkeypatch):
+    """Or one that gathers weights for every token would wait for one that has no room left."""
+    monkeypatch.setattr(validation_samples, "most_over_ranks", lambda width, device: max(width, POSITIONS - 2))
+    _, tables = run([ValidationSamples(console=False)], evaluation_sampling={"max_new_tokens": 8, "min_new_tokens": 8})
+    assert {len(row[1].split()) for _, _, data, _ in tables for row in data} == {2}
 
 
 def test_an_encoder_decoder_is_shown_too(capsys):

@@ -102,6 +102,11 @@ HALF_MARKED = MARKED.replace("{% generation %}{{ m.content }} <eos>{% endgenerat
         (CHAT[:2], PLAIN, "`messages` has no message of the assistant"),
         (CHAT[2:], PLAIN, "`messages` begins with the assistant"),
         (CHAT, FORGETFUL, "`messages[2]`: the chat template writes what comes before it in another way when more"),
+        (
+            [CHAT[1], {"role": "assistant", "content": ""}],
+            PLAIN.replace("<eos> t ", ""),
+            "`messages`: nothing that the",
+        ),
         (CHAT, HALF_MARKED, "`messages`: the chat template marks 1 turns of the assistant, and there are 2"),
         (CHAT, "{{ raise_exception('no systems') }}", "the chat template refuses the messages (TemplateError: no syst"),
         (CHAT, None, "the tokenizer has no chat template: set `tokenizer.chat_template`"),

@@ -73,6 +73,8 @@ def test_a_row_that_lacks_a_key_is_an_error_that_names_it(rows, keys):
 
 
 def test_a_row_that_cannot_be_read_is_named():
+    with pytest.raises(ValueError, match=r"`rows\[0\]`: `messages='a'` must be a list of chat messages"):
+        batch([{"messages": "a"}])
     with pytest.raises(ValueError, match=r"`rows\[1\]`: `prompt=3` must be text"):
         batch(["a", {"prompt": 3, "response": "b"}])
     with pytest.raises(ValueError, match=r"`rows\[0\]`: .* has no token"):

@@ -1,5 +1,6 @@
 import re
 
+import numpy as np
 import pytest
 
 from lightning_rlhf import RewardedDataModule, UnpairedPreferenceDataModule
@@ -18,7 +19,7 @@ def batch(cls, rows, **arguments):
 
 def test_labelled_responses_stand_side_by_side():
     rows = [
-        {"prompt": "a b", "response": "c", "label": True, "source": "x"},
+        {"prompt": "a b", "response": "c", "label": np.bool_(True), "source": "x"},
         {"prompt": [USER], "completion": "d e", "label": 0},
         {"prompt": "a", "completion": [ANSWER], "label": "true"},
         {"prompt": "a", "completion": "", "label": "0.0"},

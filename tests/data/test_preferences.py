@@ -111,8 +111,12 @@ def test_longer_rows_are_left_out_where_that_is_asked_for_and_counted():
 
 
 def test_where_nothing_is_left_that_is_an_error():
-    with pytest.raises(ValueError, match="`preferences`: all 3 rows are too long: raise the limits"):
+    with pytest.raises(
+        ValueError, match="`preferences`: all 3 rows are too long: raise the limits \\(`max_length=1`\\)"
+    ):
         batch(ROWS, max_length=1, too_long="drop")
+    with pytest.raises(ValueError, match="raise the limits .none but what the model has room for., or let rows be cut"):
+        batch(ROWS, max_tokens=1, too_long="drop")
 
 
 def test_what_is_measured_on_lies_the_longest_first_and_what_is_predicted_as_given():

@@ -61,6 +61,14 @@ def test_a_row_without_a_prompt_is_an_error_that_names_it():
         PromptDataModule(["a", {"question": "b"}])
 
 
+def test_a_key_that_is_called_as_the_prompt_is_does_not_take_its_place():
+    rows = [{"question": "a", "prompt": "b"}]
+    with pytest.raises(
+        ValueError, match=r"`prompts\[0\]` has 'question', which `columns` says is the prompt, and 'prom"
+    ):
+        PromptDataModule(rows, columns={"prompt": "question"})
+
+
 def test_a_prompt_that_is_no_text_is_an_error_that_names_its_row():
     with pytest.raises(ValueError, match=r"`prompts\[1\]`: `prompt=3` must be text"):
         batches(["a", 3])

@@ -50,6 +50,20 @@ def test_a_share_is_held_out_and_no_prompt_is_on_both_sides(cls):
     assert len(batch(data, "val")) == 9
 
 
+def test_a_conversation_is_held_out_with_all_that_begin_alike_up_to_the_first_answer():
+    def chat(question, *rest):
+        roles = ["user", "assistant"] * 2
+        return [{"role": role, "content": text} for role, text in zip(roles, [question, *rest], strict=False)]
+
+    rows = [{"messages": chat(letter, *rest)} for letter in LETTERS for rest in (["k"], ["l"], ["k", "a", "m"])]
+    data = ConversationDataModule(rows, validation_share=0.3)
+    learnt, held_out = (
+        {row["messages"][0]["content"] for row in some} for some in (data.rows, data.held_out["validation"])
+    )
+    assert (len(learnt), len(held_out)) == (7, 3)
+    assert len(ConversationDataModule(rows * 2, deduplicate="exact").rows) == len(rows)
+
+
 def test_the_split_depends_on_its_seed_and_the_prompts_alone():
     def held_out(rows, **arguments):
         return set(prompts_of(PromptDataModule(rows, validation_share=0.3, **arguments).held_out["validation"]))
@@ -122,6 +136,7 @@ def test_only_what_is_read_makes_a_row_another():
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     assert kept(PreferenceDataModule, pair, {**pair, "chosen": "c", "rejected": "b"}) == 2
     assert kept(PreferenceDataModule, pair, {"prompt": "a", "responses": ["c", "b"], "ranks": [2, 1]}) == 1
+    assert kept(PreferenceDataModule, *({**pair, "margin": margin} for margin in (0, 0.0, 2))) == 2
     assert kept(RewardedDataModule, *({"prompt": "a", "response": "b", "score": s} for s in (1, 1.0, 2))) == 2
     assert kept(PromptDataModule, "Stra\u00dfe  a", "strasse a\n", how="normalized") == 1
     assert kept(PromptDataModule, "Stra\u00dfe  a", "strasse a\n") == 2
@@ -136,6 +151,8 @@ def test_only_what_is_read_makes_a_row_another():
         ("\uff11", "1"),
         ("\u1e9e", "ss"),
         ("a\u00a0b", "a b"),
+        ("\u3391", "khz"),  # a form of capitals
+        ("\u0390", "\u03aa\u0301"),  # taken apart in small letters alone
     ],
 )
 def test_texts_are_the_same_but_for_case_white_space_and_forms_of_characters(one, other):
@@ -187,6 +204,11 @@ def test_a_prompt_that_is_cut_keeps_its_special_tokens():
     data = ConversationDataModule([{"prompt": "b c d <eos>", "response": "a"}], truncate={"prompt": "right"})
     found = batch(data, has_encoder=True, max_tokens=3)
     assert found.prompt_tokens.tolist() == [[1, 2, EOS]]
+    data = PromptDataModule(["b c d <eos>"], truncate={"prompt": "right"}, max_prompt_length=3)
+    assert batch(data).prompt_tokens.tolist() == [[1, 2, 3]]  # nothing ends a prompt that goes on
+    data = PromptDataModule(["a b"], truncate={"prompt": "right"}, max_prompt_length=1)
+    with pytest.raises(ValueError, match=r"`prompts\[0\]` has 2 tokens of prompt"):  # of which nothing would be left
+        batch(data, tokenizer=tokenizer)
 
 
 def test_a_response_that_is_cut_ends_without_eos():
@@ -286,3 +308,6 @@ def test_rows_are_made_tokens_of_once_for_a_tokenizer_and_a_model():
     data.tokenizer = tokenizer
     data.train_dataloader()
     assert len(calls) == 9
+    data.rows = data.rows.select([1])
+    data.train_dataloader()
+    assert calls[9:] == ["`prompts[1]`"]

@@ -49,6 +49,14 @@ def test_forms_columns_and_metadata():
     assert batch.prompt_mask.tolist() == [[False, True], [True, True]]
 
 
+def test_of_a_response_that_is_cut_the_steps_that_are_left_count():
+    rows = [{"prompt": "a", "steps": ["b c", "d", "e f"], "labels": [1, 0.5, 1]}]
+    batch = batch_of(rows, max_response_length=4, truncate={"response": "right"})
+    assert batch.response_mask.sum().item() == 4
+    assert batch.step_mask.tolist() == [[False, True, True, False]]
+    assert batch.labels.tolist() == [[0.0, 1.0, 0.5, 0.0]]
+
+
 def test_rows_from_a_file_are_named_by_line_and_field(tmp_path):
     path = tmp_path / "steps.jsonl"
     good = {"prompt": "a", "steps": ["b"], "labels": [1]}

@@ -8,7 +8,8 @@ import pytest
 
 from lightning_rlhf.cli import main
 from lightning_rlhf.examples.film_reviews.__main__ import main as example
-from lightning_rlhf.examples.film_reviews.task import OPENING, FilmReviews, Review, lexicon_score, read, rows_of
+from lightning_rlhf.examples.film_reviews.reviews import Reviews, installed, read
+from lightning_rlhf.examples.film_reviews.task import OPENING, FilmReviews, lexicon_score, rows_of
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path("outputs/film_reviews")
@@ -16,21 +17,29 @@ LIMITS = ["limit_train_batches=1", "limit_val_batches=1", "max_epochs=1", "num_s
 LIMITS += ["accelerator=cpu", "val_check_interval=1.0", "enable_progress_bar=false", "enable_model_summary=false"]
 
 
-def some_reviews(count=24):
-    return [Review(f"a {'fine' if i % 2 else 'dull'} film about number {i} .", i % 2 == 1) for i in range(count)]
+def some_reviews(count=12):
+    return Reviews(*([f"a {kind} film about number {i} ." for i in range(count)] for kind in ("fine", "dull")))
 
 
-def file_of(reviews, path):
+def file_of(path, source="rotten_tomatoes", break_=" "):
+    reviews = some_reviews()
     with open(path, "w", encoding="utf-8", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(["text", "label", "source"])
-        lines.writerows((text, int(good), "rotten_tomatoes") for text, good in reviews)
-        lines.writerow(["a long one of another source", 1, "imdb"])
+        for texts, label in ((reviews.positive, "1"), (reviews.negative, "neg"), (reviews.positive[:3], "Positive")):
+            lines.writerows((text.replace(" ", break_, 1), label, source) for text in texts)
+        lines.writerow(["a long one of another source", 1, "another"])
     return path
 
 
-def test_reviews_are_read_once_each_with_what_they_say(tmp_path):
-    assert read(file_of([*some_reviews(), *some_reviews(4)], tmp_path / "reviews.csv")) == some_reviews()
+@pytest.mark.parametrize("source", ["rotten_tomatoes", "imdb"])
+def test_reviews_of_one_source_are_read_once_each_with_what_they_say(source, tmp_path):
+    assert read(file_of(tmp_path / "reviews.csv", source, "<br /><br />"), source) == some_reviews()
+
+
+def test_what_is_not_installed_is_said():
+    with pytest.raises(ModuleNotFoundError, match="`no_such_reviews` is not installed: pip install it"):
+        installed("no_such_reviews", "pip install it")
 
 
 def test_no_stage_learns_from_what_is_held_out():
@@ -74,7 +83,7 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, ca
     ]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    path = file_of(some_reviews(), tmp_path / "reviews.csv")
+    path = file_of(tmp_path / "reviews.csv")
     for program, arguments in found:
         if program == "lightning-rlhf fit":
             main(["fit", *arguments.split(), *(f"--trainer.{limit}" for limit in LIMITS)])

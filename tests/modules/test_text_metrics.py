@@ -1,9 +1,11 @@
 """Perplexity and token accuracy: by hand, beside torchmetrics' own, and as a module logs them."""
 
+import functools
 import math
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torchmetrics.text import Perplexity as OnLogits
 
 from lightning_rlhf import ConversationDataModule, SFTModule
@@ -83,7 +85,22 @@ def test_a_module_logs_both_of_every_loader():
     assert float(trainer.callback_metrics["test/policy/token_accuracy"]) == 0.5
 
 
-def test_what_others_say_in_a_conversation_is_not_measured():
+def test_an_evaluation_that_was_broken_off_leaves_nothing_behind():
+    class Breaking(Callback):
+        def on_validation_batch_end(self, *args):
+            raise KeyError
+
+    def measured(module, rows, *callbacks):
+        data = ConversationDataModule(validation=rows)
+        return bare_trainer(callbacks=list(callbacks)).validate(module, datamodule=data, verbose=False)
+
+    module = SFTModule(network(tiny_gpt2()), tokenizer=word_tokenizer())
+    with pytest.raises(KeyError):
+        measured(module, ["a b c d e"], Breaking())
+    assert measured(module, ["b c"]) == measured(SFTModule(network(tiny_gpt2()), tokenizer=word_tokenizer()), ["b c"])
+
+
+def test_what_others_say_in_a_conversation_is_neither_learnt_nor_measured():
     tokenizer = word_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}<eos> {% endif %}{% endfor %}"
@@ -92,12 +109,14 @@ def test_what_others_say_in_a_conversation_is_not_measured():
     messages = [{"role": role, "content": content} for role, content in zip(roles, ["a", "b", "t", "d"], strict=True)]
     rows = [{"messages": messages}]
 
-    def loss(rows):
-        module = SFTModule(network(tiny_gpt2()), tokenizer=tokenizer)
-        (found,) = bare_trainer().validate(module, datamodule=ConversationDataModule(validation=rows), verbose=False)
-        return found["val/policy/loss"]
+    def losses():
+        optimizer = functools.partial(torch.optim.SGD, lr=0.0)
+        module = SFTModule(network(tiny_gpt2()), tokenizer=tokenizer, disable_dropout=True, optimizer=optimizer)
+        trainer = bare_trainer(max_epochs=1)
+        trainer.fit(module, datamodule=ConversationDataModule(rows, validation=rows))
+        return [float(trainer.callback_metrics[name]) for name in ("policy/loss", "val/policy/loss")]
 
     model, ids = network(tiny_gpt2()), [0, 1, 22, 19, 3, 22]
     logprobs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     expected = -sum(float(logprobs[t - 1, ids[t]].detach()) for t in (1, 2, 4, 5)) / 4
-    assert loss(rows) == pytest.approx(expected, abs=1e-5)
+    assert losses() == pytest.approx([expected] * 2, abs=1e-5)

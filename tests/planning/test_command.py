@@ -72,7 +72,7 @@ def test_the_verdict_depends_on_memory_and_the_parts_add_up(capsys, monkeypatch)
     *parts, together = [numbers(line) for line in lines]
     assert len(together) == 4
     reported = max(together)
-    more, less = (printed(capsys, *wide, "--memory", str(reported + d)) for d in (0.1, -0.1))
+    more, less = (printed(capsys, *wide, "--memory", str(reported + d)) for d in (0.01, -0.01))
     assert "Fits" in more
     assert "Does NOT fit" in less
     assert "What would help:" in less

@@ -352,7 +352,7 @@ def test_finished_texts_are_read_for_values(more):
     with torch.no_grad(), Live("all") as live:
         live.ignore(everything(module))
         critic.values(batch) if module.critic is None else critic(batch)
-    assert score[ACTIVATIONS] == pytest.approx(live.peak.total(), rel=0.15)
+    assert score[ACTIVATIONS] == pytest.approx(live.peak.total(), rel=0.05)
 
 
 def test_texts_are_read_again_where_that_is_asked_for():
@@ -387,10 +387,21 @@ def test_activations_computed_again_are_not_held():
     assert activations(True) < 0.5 * activations(False)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", *(pytest.param(name, marks=SLOW) for name in ("llama", "qwen3"))])
-@pytest.mark.parametrize(("prompt", "group"), [(40, 1), (10, 3)])  # reading takes most, and writing does
-def test_the_cache_is_as_long_as_it_gets_and_a_rollout_takes_what_it_does_with_numbers(name, prompt, group):
-    config = {**ARCHITECTURES, **ENCODER_DECODERS}[name]()
+READING, WRITING, DRAWING = (40, 1, VOCABULARY), (10, 3, VOCABULARY), (10, 3, 4000)
+"""What takes most, by the length of prompts, responses to each, and entries of the vocabulary."""
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        *(("gpt2", most) for most in (READING, WRITING, DRAWING)),
+        *(("t5", most) for most in (READING, WRITING)),
+        *(pytest.param(name, most, marks=SLOW) for name in ("llama", "qwen3") for most in (READING, WRITING)),
+    ],
+)
+def test_the_cache_is_as_long_as_it_gets_and_a_rollout_takes_what_it_does_with_numbers(name, most):
+    prompt, group, vocabulary = most
+    config = {**ARCHITECTURES, **ENCODER_DECODERS}[name](vocab_size=vocabulary)
     module = module_of(GRPOModule, config, sampling={"max_new_tokens": 9}, group_size=max(2, group))
     networks = Networks.of(module, ONE)
     rows = Rows(count=2, prompt=prompt, response=9)
@@ -408,7 +419,7 @@ def test_the_cache_is_as_long_as_it_gets_and_a_rollout_takes_what_it_does_with_n
             mask = torch.cat([mask, torch.ones(2 * group, 1, dtype=torch.bool)], dim=1)
             step = policy.next_token(token[:, None], mask, step.cache)
     assert found.total() == pytest.approx(live.peak.total(), rel=0.05)
-    if prompt == 10:
+    if most != READING:
         assert found[CACHE] == held_by(step.cache)
 
 
@@ -427,12 +438,15 @@ def held_by(cache):
 
 
 def test_phases_hold_what_is_there_in_them():
-    module = module_of(PPOModule, ModelSpec(deep("gpt2"), num_layers_unfrozen=1), micro_batch_size=1, minibatch_size=2)
+    spec, optimizer = ModelSpec(deep("gpt2"), num_layers_unfrozen=1), functools.partial(torch.optim.AdamW, lr=1e-3)
+    module = module_of(PPOModule, spec, micro_batch_size=1, minibatch_size=2, optimizer=optimizer)
     plan = Plan.of(module, ONE, SIZES)
     assert list(plan.bytes) == [GENERATE, SCORE, BACKWARD, STEP]
     assert plan.total == max(held.total() for held in plan.bytes.values()) == plan.bytes[plan.peak].total()
     for part in (POLICY, VALUE, REFERENCE, OPTIMIZER):
         assert len({held[part] for phase, held in plan.bytes.items() if (part, phase) != (OPTIMIZER, STEP)}) == 1
+    at_once = plan.bytes[STEP][OPTIMIZER] - plan.bytes[BACKWARD][OPTIMIZER]
+    assert at_once == standing(module, Networks.of(module, ONE), ONE)[1] > 0
     assert plan.bytes[GENERATE][CACHE] > 0
     assert plan.bytes[BACKWARD][CACHE] == 0
     # Three texts of 5 + 6 - 1 positions and 16 channels, and a copy of the minibatch's two.
@@ -475,6 +489,12 @@ def test_every_device_has_everything_under_ddp_and_a_part_when_sharded():
     assert sharded[STEP][OPTIMIZER] == pytest.approx(one[STEP][OPTIMIZER] / 4, rel=0.1)
     assert sharded[GENERATE][GATHERED] == size(build(module_of(PPOModule, tiny_gpt2())).policy.parameters())
     assert 0 < sharded[BACKWARD][GATHERED] < 2 * sharded[GENERATE][GATHERED]
+
+
+@pytest.mark.parametrize("rows", [3, 8, 10])
+def test_a_device_holds_the_largest_part(rows):
+    """Of what does not come out even, the first does."""
+    assert SHARDED.part((rows, 5)) == torch.empty(rows, 5).chunk(4)[0].shape
 
 
 def test_weights_that_are_left_in_shards_are_gathered_block_by_block_while_they_write():
