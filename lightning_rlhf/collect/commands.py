@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lightning_rlhf.chance import run_seed
 from lightning_rlhf.collect.access import Access
 from lightning_rlhf.collect.judges import Judge, judge_all
 from lightning_rlhf.collect.progress import counts, progress, report
 from lightning_rlhf.collect.store import Store
 from lightning_rlhf.collect.tasks import Prompts, Read, read_tasks
-from lightning_rlhf.data.base import run_seed
 from lightning_rlhf.generation.sampling import Sampling
 
 CHUNK = 256

@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_rlhf.batches import Batch
+from lightning_rlhf.chance import run_seed
 from lightning_rlhf.data.cursor import CursorSampler
 from lightning_rlhf.data.evaluation import EvaluationSampler
 from lightning_rlhf.data.limits import Limits, Side, TooLong
@@ -28,11 +29,6 @@ _WRONG_ADVICE = (
     "You're resuming from a checkpoint that ended before the epoch ended",  # the place is kept, if not by them
 )
 """What Lightning warns of that does not hold for these loaders."""
-
-
-def run_seed(seed: int | None) -> int:
-    """A seed as given, or what ``seed_everything`` set, else 0."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
 
 class RLHFDataModule(PlacedDataModule, ABC):
@@ -59,6 +55,7 @@ class RLHFDataModule(PlacedDataModule, ABC):
         shuffle: Whether every epoch has an order of its own; a stream keeps its own.
         seed: Of the orders; what ``seed_everything`` set, else 0, by default.
         num_workers: Processes that collate.
+        cache_dir: A folder for rows in tokens, from which later runs take them; a stream's are not kept.
 
     Attributes:
         dropped: Of each of the arguments that hold rows, how many were left out because of what: ``"duplicate"``, or
@@ -94,6 +91,7 @@ class RLHFDataModule(PlacedDataModule, ABC):
         shuffle: bool = True,
         seed: int | None = None,
         num_workers: int = 0,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -118,7 +116,7 @@ class RLHFDataModule(PlacedDataModule, ABC):
         self.max_tokens: int | None = None
         self.has_encoder = False
         self.max_response_tokens: int | None = None
-        self._reader = Reader(self)
+        self._reader = Reader(self, cache_dir)
         self.rows = self._reader.read(rows, self.argument, streams=True)
         if isinstance(self.rows, Stream) and num_workers:
             raise ValueError(
@@ -174,6 +172,11 @@ class RLHFDataModule(PlacedDataModule, ABC):
             Nothing by default.
         """
         return {}
+
+    @property
+    def reading(self) -> tuple[Any, ...]:
+        """What the tokens of a row depend on, but for the row and the tokenizer."""
+        return (self.has_encoder,)
 
     def columns_of(self, items: Sequence[Tokenized]) -> dict[str, list[Any]]:
         """The metadata of a batch; a key that a row lacks is None.

@@ -38,7 +38,7 @@ class ConversationDataModule(RLHFDataModule):
             padded: what others call packing, without attention across documents. Which rows go together is drawn once,
             and the order of the batches every epoch.
         **kwargs: Passed to :class:`RLHFDataModule`: batch_size, columns, splits, duplicates, lengths, shuffle, seed,
-            num_workers.
+            num_workers, cache_dir.
 
     Example:
         >>> ConversationDataModule([{"prompt": "Hi", "response": " there"}, "A text."]).rows

@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from lightning_rlhf.data.hugging_face import opened
 from lightning_rlhf.models.texts import is_chat
 
 __all__ = ["Row", "is_chat", "located", "located_rows"]
@@ -43,8 +44,9 @@ def located(source: Any, argument: str, text_key: str) -> Iterator[tuple[str, Ro
 
     Args:
         source: The path of a file: CSV with a header, Parquet, SQLite as ``lightning-rlhf
-            collect`` writes it, or else a JSON object a line (perhaps ``.gz``); or anything whose items are dicts,
-            strings or lists of chat messages, such as a list or a data set of Hugging Face.
+            collect`` writes it, or else a JSON object a line (perhaps ``.gz``); the address of a data set, as
+            :func:`opened` knows it; or anything whose items are dicts, strings or lists of chat messages, such as a
+            list or a data set of Hugging Face.
         argument: What the user calls the source, for errors.
         text_key: The key that an item which is no dict stands for.
 
@@ -53,10 +55,11 @@ def located(source: Any, argument: str, text_key: str) -> Iterator[tuple[str, Ro
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ImportError: If it is a Parquet file, and what reads it is not installed.
+        ImportError: If what reads a Parquet file or a data set is not installed.
         TypeError: If the source holds no rows.
-        ValueError: If a line is not understood.
+        ValueError: If a line or an address is not understood.
     """
+    source = opened(source, argument)
     if isinstance(source, str | os.PathLike):
         items = _read_file(Path(source), argument)
     elif isinstance(source, Mapping) or not isinstance(source, Iterable):
@@ -73,6 +76,10 @@ def located(source: Any, argument: str, text_key: str) -> Iterator[tuple[str, Ro
 
 def _read_file(path: Path, argument: str) -> Iterator[tuple[str, Any]]:
     name = f"`{argument}={str(path)!r}`"
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"{name}: there is no such file, but a folder, in which no `save_to_disk` wrote a data set: give a file."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{name}: there is no such file (looked in {Path.cwd()}).")
     unit, reader = _READERS.get(path.suffix, ("line", _jsonl))

@@ -84,7 +84,7 @@ class UnpairedPreferenceDataModule(JudgedDataModule):
         test: Rows for ``Trainer.test``.
         predict: Rows for ``Trainer.predict``.
         **kwargs: Passed to :class:`RLHFDataModule`: batch_size (responses of a batch, per process), columns, splits,
-            duplicates, lengths, shuffle, seed, num_workers.
+            duplicates, lengths, shuffle, seed, num_workers, cache_dir.
 
     Example:
         >>> data = UnpairedPreferenceDataModule([{"prompt": "Hi", "chosen": " there", "rejected": " you"}])
@@ -148,7 +148,7 @@ class RewardedDataModule(JudgedDataModule):
         test: Rows for ``Trainer.test``.
         predict: Rows for ``Trainer.predict``.
         **kwargs: Passed to :class:`RLHFDataModule`: batch_size (responses of a batch, per process), columns, splits,
-            duplicates, lengths, shuffle, seed, num_workers.
+            duplicates, lengths, shuffle, seed, num_workers, cache_dir.
 
     Example:
         >>> RewardedDataModule([{"prompt": "Hi", "response": " there", "score": "0.5"}]).rows[0].judgement

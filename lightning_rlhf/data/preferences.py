@@ -33,7 +33,7 @@ class PreferenceDataModule(RLHFDataModule):
         test: Rows for ``Trainer.test``.
         predict: Rows for ``Trainer.predict``.
         **kwargs: Passed to :class:`RLHFDataModule`: batch_size (comparisons of a batch, per process), columns, splits,
-            duplicates, lengths, shuffle, seed, num_workers.
+            duplicates, lengths, shuffle, seed, num_workers, cache_dir.
 
     Example:
         >>> data = PreferenceDataModule([{"prompt": "Hi", "chosen": " there", "rejected": " you"}])

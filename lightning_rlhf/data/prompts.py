@@ -27,7 +27,8 @@ class PromptDataModule(RLHFDataModule):
         test: Prompts for ``Trainer.test``.
         predict: Prompts for ``Trainer.predict``.
         **kwargs: Passed to :class:`RLHFDataModule`: batch_size (prompts of an iteration, per process), columns, splits,
-            duplicates, lengths (rewards get a prompt that is cut as it was given), shuffle, seed, num_workers.
+            duplicates, lengths (rewards get a prompt that is cut as it was given), shuffle, seed, num_workers,
+            cache_dir.
 
     Example:
         >>> data = PromptDataModule([{"prompt": "2 + 2 =", "answer": "4"}], batch_size=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_rlhf.data.formats import Row, located, located_rows
+from lightning_rlhf.data.hugging_face import opened
 from lightning_rlhf.data.selection import Rows, Unique, split
 from lightning_rlhf.data.streaming import Stream, is_stream
+from lightning_rlhf.data.token_cache import TokenCache
 from lightning_rlhf.data.tokens import Tokenized
 
 if TYPE_CHECKING:
@@ -22,18 +25,20 @@ class Reader:
 
     Args:
         data: Says what a row is, and what is wanted.
+        cache_dir: Where rows in tokens are kept for later runs; None: nowhere.
 
     Attributes:
         dropped: By argument, how many rows were left out because of what.
         truncated: By argument, how many prompts and responses were cut.
     """
 
-    def __init__(self, data: RLHFDataModule) -> None:
+    def __init__(self, data: RLHFDataModule, cache_dir: str | os.PathLike[str] | None = None) -> None:
         self.data = data
+        self._cache = None if cache_dir is None else TokenCache(cache_dir)
         self.dropped: dict[str, Counter[str]] = {}
         self.truncated: dict[str, Counter[str]] = {}
         self._duplicates: dict[str, int] = {}
-        self._made: dict[str, tuple[Any, dict[str, int | None], list[Any], list[Tokenized]]] = {}
+        self._made: dict[str, tuple[Any, Any, list[Any], list[Tokenized]]] = {}
         self._told: set[str] = set()
 
     def read(self, source: Any, argument: str, streams: bool = False) -> Rows | Stream | None:
@@ -50,6 +55,7 @@ class Reader:
         unique = Unique(self.data.deduplicate)
         if source is None:
             return None
+        source = opened(source, argument)
         if streams and is_stream(source):
             return Stream(source, argument)
         rows, places, count = [], [], 0
@@ -97,19 +103,31 @@ class Reader:
         Raises:
             ValueError: If a row is too long, or all are left out.
         """
-        data, room = self.data, self._room()
-        tokenizer, of_room, of_rows, items = self._made.get(argument, (None, {}, [], []))
-        if tokenizer is data.tokenizer and of_room == room and of_rows is rows:
+        data, how = self.data, (self._room(), self.data.reading)
+        tokenizer, of_how, of_rows, items = self._made.get(argument, (None, None, [], []))
+        if tokenizer is data.tokenizer and of_how == how and of_rows is rows:
             return items
         dropped, cut = self._begin(argument)
-        items = list(self._tokenized(zip(rows, rows.places, strict=True), dropped, cut))
+        items = list(self._fitted(self._whole(rows), dropped, cut))
         self._tell(argument, len(rows) + self._duplicates.get(argument, 0))
         if not items:
             raise ValueError(
                 f"`{argument}`: all {len(rows)} rows are too long: raise the limits ({data.limits}), or let rows be "
                 "cut, by `truncate`."
             )
-        self._made[argument] = data.tokenizer, room, rows, items
+        self._made[argument] = data.tokenizer, how, rows, items
+        return items
+
+    def _whole(self, rows: Rows) -> Iterable[Tokenized]:
+        """Rows in tokens, however long; from the folder that keeps them, if there is one."""
+        data = self.data
+        if self._cache is None:
+            return map(self._tokenized, rows, rows.places)
+        path = self._cache.path(data.tokenizer, [type(data).__qualname__, *data.reading], map(data.texts, rows))
+        items = self._cache.read(path, rows, rows.places)
+        if items is None:
+            items = list(map(self._tokenized, rows, rows.places))
+            self._cache.write(path, items)
         return items
 
     def streamed(self, source: Iterable[Any]) -> Iterator[Tokenized]:
@@ -127,7 +145,7 @@ class Reader:
         for row, place in self._parsed(located(source, argument, self.data.text_key)):
             count += 1
             if unique.is_new(self.data.texts(row)):
-                yield from self._tokenized([(row, place)], dropped, cut)
+                yield from self._fitted([self._tokenized(row, place)], dropped, cut)
             else:
                 dropped["duplicate"] += 1
         self._tell(argument, count)
@@ -137,22 +155,23 @@ class Reader:
             for parsed in self.data.parsed(row, place):
                 yield parsed, place
 
-    def _tokenized(
-        self, rows: Iterable[tuple[Any, str]], dropped: Counter[str], cut: Counter[str]
-    ) -> Iterator[Tokenized]:
+    def _tokenized(self, row: Any, place: str) -> Tokenized:
+        return self.data.tokenized(row, place)._replace(place=place)
+
+    def _fitted(self, items: Iterable[Tokenized], dropped: Counter[str], cut: Counter[str]) -> Iterator[Tokenized]:
         data, room = self.data, self._room()
         begin = (getattr(data.tokenizer, name, None) for name in ("bos_token_id", "cls_token_id"))
         first = next((token for token in begin if token is not None), None)
         ends = (first, getattr(data.tokenizer, "eos_token_id", None) if data.has_encoder else None)
-        for row, place in rows:
-            item, parts, excess = data.limits.fit(data.tokenized(row, place), room, ends)
+        for whole in items:
+            item, parts, excess = data.limits.fit(whole, room, ends)
             if excess is None:
                 cut.update(parts)
-                yield item._replace(place=place)
+                yield item
             elif data.limits.too_long == "drop":
                 dropped[excess.part] += 1
             else:
-                raise ValueError(f"{place} {excess}")
+                raise ValueError(f"{item.place} {excess}")
 
     def _room(self) -> dict[str, int | None]:
         """What the model has room for, part by part."""

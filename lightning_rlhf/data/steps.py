@@ -56,7 +56,8 @@ class StepDataModule(RLHFDataModule):
         test: Rows for ``Trainer.test``.
         predict: Rows for ``Trainer.predict``.
         **kwargs: Passed to :class:`RLHFDataModule`: batch_size (responses of a batch, per process), columns, splits,
-            duplicates, lengths, shuffle, seed, num_workers. Of a response that is cut, the steps that are left count.
+            duplicates, lengths, shuffle, seed, num_workers, cache_dir. Of a response that is cut, the steps that are
+            left count.
 
     Attributes:
         separator: What stands behind every step; the module sets it. None where nothing does.
@@ -93,6 +94,11 @@ class StepDataModule(RLHFDataModule):
     def metadata(self, row: Steps) -> Row:
         """Every other key."""
         return row.metadata
+
+    @property
+    def reading(self) -> tuple[Any, ...]:
+        """With the separator."""
+        return (*super().reading, self.separator)
 
     def tokenized(self, row: Steps, what: str) -> Tokenized:
         """Tokens of prompt and response, each step by itself."""

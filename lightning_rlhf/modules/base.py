@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lightning_rlhf.data.base import RLHFDataModule, run_seed
+from lightning_rlhf.chance import run_seed
+from lightning_rlhf.data.base import RLHFDataModule
 from lightning_rlhf.data.settled import count_logged, go_on_with_a_new_epoch
 from lightning_rlhf.generation.sampling import Sampling, SamplingChanges
 from lightning_rlhf.models.activations import fuse_activations

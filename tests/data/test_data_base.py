@@ -5,7 +5,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_rlhf import ConversationDataModule, PromptDataModule
-from lightning_rlhf.data.base import run_seed
+from lightning_rlhf.chance import run_seed
 from tests.networks import word_tokenizer
 from tests.training import bare_trainer
 
