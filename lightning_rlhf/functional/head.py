@@ -1,5 +1,6 @@
 """Log-probs and entropies straight from the states that a vocabulary head reads."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,18 +9,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_rlhf.functional.linear import product
-from lightning_rlhf.functional.logprobs import logits_gradient, read_logits, token_gradients
+from lightning_rlhf.functional.logprobs import logits_gradient, token_gradients
+from lightning_rlhf.functional.running_softmax import READ_AT_ONCE, RunningSoftmax
 
 LOGITS_AT_ONCE = 2**23
-"""Logits that a product makes in the forward pass: 32 MiB in single precision, and at least those of 16 tokens."""
-LOGITS_READ_AT_ONCE = 2**19
-"""Logits that are looked at at once, which a processor's own cache holds."""
-GRADIENTS_AT_ONCE = 2**21
-"""Gradients of logits that are made at once in the backward pass, of all tokens at some entries of the vocabulary."""
+"""Logits that are made at once where all of a token's are wanted: 32 MiB in single precision, at least 16 tokens'."""
+TILE = 2**21
+"""Logits of all tokens at some entries of the vocabulary, or their gradients, that are made at once: 8 MiB in single
+precision."""
+NARROWEST = 256
+"""Entries of the vocabulary that a product has at least, however many tokens there are."""
 
 
 def head_bytes(
-    tokens: int, vocabulary: int, width: int, dtype: torch.dtype, trains: bool = True, kept_bytes: int = 2**30
+    tokens: int,
+    vocabulary: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    trains: bool = True,
+    learns: bool = True,
+    kept_bytes: int = 2**30,
 ) -> tuple[int, int, int]:
     """Memory that :func:`head_logprobs` takes beside states, weights and their gradients.
 
@@ -29,23 +39,30 @@ def head_bytes(
         width: Of the states.
         dtype: Of the states.
         trains: Whether the head's weight does.
+        learns: Whether anything does, so that there is a backward pass.
         kept_bytes: As there.
 
     Returns:
-        Bytes of the softmax that lies between the passes, 0 where none does; and what is there beside it for a moment,
-        in the forward pass some logits, in the backward pass the gradients of some and what these add to others.
+        Bytes of the exponentials that lie between the passes, 0 where none do; and what is there beside them for a
+        moment: in the forward pass some logits, in the backward pass gradients of some and what they add to others.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    entries = min(vocabulary, _entries_at_once(tokens))
+    entries = _entries_at_once(tokens, vocabulary)
     some, narrow = tokens * entries * wide.itemsize, 0 if dtype == wide else tokens * entries * dtype.itemsize
     added = max(tokens, entries if trains else 0) * width * dtype.itemsize
-    kept = tokens * vocabulary * dtype.itemsize if _is_kept(tokens, vocabulary, dtype, kept_bytes) else 0
-    logits = min(tokens, rows_at_once(vocabulary)) * vocabulary * dtype.itemsize
-    return kept, logits, max(2 * some, some + narrow + added)  # an entropy's gradient is as large as a log-prob's
+    keeps = learns and _is_kept(tokens, vocabulary, dtype, kept_bytes)
+    read = min(tokens, max(1, READ_AT_ONCE // entries)) * entries * wide.itemsize
+    held = tokens * (vocabulary if keeps else entries) * dtype.itemsize
+    looked_at = (1 if keeps else 2 if dtype == wide else 3) * read
+    return (
+        held if keeps else 0,
+        looked_at if keeps else held + looked_at,
+        max(2 * some, some + narrow + added),
+    )  # an entropy's gradient is as large as a log-prob's
 
 
 def rows_at_once(vocabulary: int) -> int:
-    """Tokens whose logits a product makes in the forward pass.
+    """Tokens whose logits are made at once where all of a token's are wanted.
 
     Args:
         vocabulary: Entries of it.
@@ -56,15 +73,20 @@ def rows_at_once(vocabulary: int) -> int:
     return max(16, LOGITS_AT_ONCE // vocabulary)
 
 
-def _entries_at_once(tokens: int) -> int:
-    """Entries of the vocabulary for which gradients are made in the backward pass."""
-    return max(1, GRADIENTS_AT_ONCE // max(1, tokens))
+def _entries_at_once(tokens: int, vocabulary: int) -> int:
+    """Entries of the vocabulary for which logits of all tokens, or their gradients, are made at once."""
+    return min(vocabulary, max(NARROWEST, TILE // max(1, tokens)))
 
 
 def _is_kept(tokens: int, vocabulary: int, dtype: torch.dtype, kept_bytes: int) -> bool:
-    """Whether the softmax is kept for the backward pass."""
+    """Whether exponentials are kept for the backward pass."""
     is_wide = dtype == torch.promote_types(dtype, torch.float32)
     return is_wide and tokens * vocabulary * dtype.itemsize <= kept_bytes
+
+
+def _tile(kept: Tensor, shape: Sequence[int], start: int) -> Tensor:
+    """What is kept of all tokens, ``shape[0]``, at ``shape[1]`` entries from ``start`` on."""
+    return kept[shape[0] * start :][: shape[0] * shape[1]].view(*shape)
 
 
 def head_logprobs(
@@ -77,9 +99,10 @@ def head_logprobs(
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """What :func:`response_logprobs` says of ``states @ weight.T + bias``, without holding these logits.
 
-    The forward pass goes over chunks of tokens, whose logits are read while they are in the cache; the backward pass
-    goes over chunks of the vocabulary, whose gradients become those of weight and states at once. Between them lies the
-    softmax, where it is in single precision and not too large; else it is computed anew, which costs a third more.
+    Both passes go over tiles: all tokens, at some entries of the vocabulary. The forward pass reads the logits of a
+    tile while they are in the cache (:class:`RunningSoftmax`), the backward pass makes their gradients, which become
+    those of weight and states at once. Between them lie exponentials of the logits, where they are in single precision
+    and not too large; else they are computed anew, which costs a third more.
 
     Args:
         states: That predict the tokens.
@@ -87,7 +110,7 @@ def head_logprobs(
         bias: Of the head, if it has one.
         response_tokens: What was written.
         temperature: What logits are divided by.
-        kept_bytes: How large a softmax may be that is kept for the backward pass.
+        kept_bytes: How large exponentials may be that are kept for the backward pass.
 
     Returns:
         Log-probs and entropies in nats, both with gradients, in at least single precision.
@@ -112,24 +135,24 @@ class _HeadLogprobs(torch.autograd.Function):
         kept_bytes: int,
     ) -> tuple[Tensor, Tensor]:
         vocabulary = len(weight)
-        flat, chosen = states.reshape(-1, states.shape[-1]), tokens.reshape(-1, 1)
+        flat, chosen = states.reshape(-1, states.shape[-1]), tokens.reshape(-1)
         dtype = torch.promote_types(states.dtype, torch.float32)
+        keeps = _is_kept(len(flat), vocabulary, states.dtype, kept_bytes) and any(ctx.needs_input_grad)
+        entries = _entries_at_once(len(flat), vocabulary)
+        seen = RunningSoftmax(chosen, temperature, dtype)
+        kept = flat.new_empty(len(flat) * vocabulary) if keeps else None  # exponentials, tile by tile
+        tops = []  # of every tile what was subtracted before
+        for start in range(0, vocabulary, entries):
+            part = slice(start, start + entries)
+            logits = product(flat, weight[part], None if bias is None else bias[part])
+            seen.add(logits, start, None if kept is None else _tile(kept, logits.shape, start))
+            tops.append(seen.top)
+            del logits  # or they would be there while the next are made
         # In the shape in which they are returned: FSDP2 warns of outputs that are views.
         outputs = [torch.empty(tokens.shape, dtype=dtype, device=states.device) for _ in range(2)]
-        logprobs, entropy = (output.view(-1) for output in outputs)
-        is_kept = _is_kept(len(flat), vocabulary, states.dtype, kept_bytes)
-        probs = flat.new_empty(len(flat), vocabulary) if is_kept and any(ctx.needs_input_grad) else None
-        log_mass = torch.empty_like(logprobs)  # the logarithm of what a softmax divides by
-        rows = rows_at_once(vocabulary)
-        read = max(1, LOGITS_READ_AT_ONCE // vocabulary)
-        for start in range(0, len(flat), rows):
-            part = slice(start, start + rows)
-            logits = product(flat[part], weight, bias)
-            filled = None if probs is None else probs[part]
-            read_logits(logits, chosen[part], temperature, read, logprobs[part], entropy[part], filled)
-            log_mass[part] = logits.gather(1, chosen[part]).squeeze(1).to(dtype) / temperature - logprobs[part]
-            del logits  # or they would be there while the next are made
-        ctx.save_for_backward(flat, weight, bias, chosen, outputs[1], log_mass, probs)
+        for output, found in zip(outputs, (seen.logprobs, seen.entropy), strict=True):
+            output.view(-1).copy_(found)
+        ctx.save_for_backward(flat, weight, bias, chosen, outputs[1], seen.log_mass, kept, *tops)
         ctx.temperature, ctx.shape = temperature, states.shape
         ctx.set_materialize_grads(False)
         return outputs[0], outputs[1]
@@ -137,22 +160,25 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        flat, weight, bias, chosen, entropy, log_mass, probs = ctx.saved_tensors
+        flat, weight, bias, chosen, entropy, log_mass, kept, *tops = ctx.saved_tensors
         for_logprobs, for_entropy = token_gradients(entropy, grad_logprobs, grad_entropy, ctx.temperature)
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_states = torch.zeros_like(flat) if wants_states else None
         grad_weight = torch.empty_like(weight) if wants_weight else None
         grad_bias = torch.empty_like(bias) if wants_bias else None
-        entries = _entries_at_once(len(flat))
-        for start in range(0, len(weight), entries):
+        entries = _entries_at_once(len(flat), len(weight))
+        for start, top in zip(range(0, len(weight), entries), tops, strict=True):
             part = slice(start, start + entries)
-            if probs is None:
+            if kept is not None:
+                some = _tile(kept, (len(flat), len(weight[part])), start)
+                scale = (top - log_mass).exp_()
+            else:
                 some = product(flat, weight[part], None if bias is None else bias[part]).to(log_mass.dtype)
                 some.div_(ctx.temperature).sub_(log_mass[:, None]).exp_()
-            else:
-                some = probs[:, part].contiguous()
-            gradient = logits_gradient(some, chosen - start, for_logprobs, for_entropy, entropy.reshape(-1, 1))
-            gradient = gradient.to(flat.dtype)
+                scale = None
+            gradient = logits_gradient(
+                some, scale, chosen[:, None] - start, for_logprobs, for_entropy, entropy.reshape(-1, 1)
+            ).to(flat.dtype)
             if grad_states is not None:
                 grad_states += product(gradient, weight[part].t())
             if grad_weight is not None:

@@ -98,12 +98,19 @@ def read_logits(
 
 
 def logits_gradient(
-    probs: Tensor, chosen: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None, entropy: Tensor
+    masses: Tensor,
+    scale: Tensor | None,
+    chosen: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    entropy: Tensor,
 ) -> Tensor:
-    """Gradient for logits over the temperature; ``probs`` is made use of and is no longer what it was.
+    """Gradient for logits over the temperature.
 
     Args:
-        probs: (tokens, entries), the softmax at some entries of the vocabulary.
+        masses: (tokens, entries), the softmax at some entries of the vocabulary, but for a factor.
+        scale: (tokens,), the factor; None where there is none: ``masses`` are then made use of and are no longer what
+            they were.
         chosen: (tokens, 1), where among the entries the tokens are; any beyond them where they are not.
         grad_logprobs: (tokens, 1).
         grad_entropy: (tokens, 1), or None where it is 0.
@@ -112,10 +119,15 @@ def logits_gradient(
     Returns:
         (tokens, entries).
     """
+    factor = -grad_logprobs
     more = None
     if grad_entropy is not None:
-        more = torch.xlogy(probs, probs).addcmul_(probs, entropy).mul_(grad_entropy)
-    gradient = probs.mul_(-grad_logprobs)
+        masses = masses if scale is None else masses * scale[:, None]
+        more = torch.xlogy(masses, masses).addcmul_(masses, entropy).mul_(grad_entropy)
+    elif scale is not None:
+        factor = factor * scale[:, None]
+    is_own = scale is None or grad_entropy is not None
+    gradient = masses.mul_(factor) if is_own else masses * factor
     inside = (chosen >= 0) & (chosen < gradient.shape[-1])
     gradient.scatter_add_(-1, torch.where(inside, chosen, 0), torch.where(inside, grad_logprobs, 0.0))
     return gradient if more is None else gradient.sub_(more)
@@ -151,7 +163,7 @@ class _ResponseLogprobs(torch.autograd.Function):
             part = slice(start, start + ctx.rows)
             probs = kept[part].clone() if ctx.keeps_probs else _shifted(kept[part], ctx.temperature).softmax(-1)
             more = None if for_entropy is None else for_entropy[part]
-            grad[part] = logits_gradient(probs, chosen[part], for_logprobs[part], more, entropy[part])
+            grad[part] = logits_gradient(probs, None, chosen[part], for_logprobs[part], more, entropy[part])
         return grad.view(ctx.shape), None, None, None
 
 

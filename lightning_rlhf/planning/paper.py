@@ -22,9 +22,10 @@ class HeadOnPaper(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, live: Live) -> Tensor:
         """Returns a number for each state, in the place of its log-prob."""
         tokens, (vocabulary, width) = states.shape[:-1].numel(), weight.shape
-        kept, logits, ctx.at_once = head_bytes(tokens, vocabulary, width, states.dtype, ctx.needs_input_grad[1])
+        learns, trains = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
+        kept, logits, ctx.at_once = head_bytes(tokens, vocabulary, width, states.dtype, trains=trains, learns=learns)
         with live.labelled(LOGITS):
-            softmax = _memory(kept if any(ctx.needs_input_grad) else 0)
+            softmax = _memory(kept)
             _moment(logits)
         ctx.save_for_backward(states, weight, bias, softmax)
         ctx.live = live

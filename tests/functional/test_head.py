@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_rlhf.functional import head
+from lightning_rlhf.functional import head, running_softmax
 from lightning_rlhf.functional.head import head_logprobs
 from lightning_rlhf.functional.logprobs import response_logprobs
 
@@ -28,12 +28,13 @@ def gradients(outputs: tuple[Tensor, Tensor], given: list[Tensor], entropy: floa
 @pytest.mark.invariant(5, 30)
 @pytest.mark.parametrize("kept_bytes", [0, 2**30])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("chunks", [(1, 1, 1), (40, 7, 5), (10**6, 10**6, 10**6)])
+@pytest.mark.parametrize(("entries", "read"), [(1, 1), (5, 40), (VOCABULARY, 10**6)])
 def test_outputs_and_gradients_are_those_by_way_of_logits(
-    chunks: tuple[int, int, int], temperature: float, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+    entries: int, read: int, temperature: float, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, chunk in zip(("LOGITS_AT_ONCE", "LOGITS_READ_AT_ONCE", "GRADIENTS_AT_ONCE"), chunks, strict=True):
-        monkeypatch.setattr(head, name, chunk)
+    monkeypatch.setattr(head, "TILE", 60 * entries)
+    monkeypatch.setattr(head, "NARROWEST", 1)
+    monkeypatch.setattr(running_softmax, "READ_AT_ONCE", read)
     states, weight, bias, tokens = inputs(3, 20)
     expected = response_logprobs(states @ weight.T + bias, tokens, temperature)
     found = head_logprobs(states, weight, bias, tokens, temperature, kept_bytes)
@@ -102,8 +103,8 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_logits_of_all_tokens_are_ever_there_where_none_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 1)
-    monkeypatch.setattr(head, "GRADIENTS_AT_ONCE", 64 * 8)
+    monkeypatch.setattr(head, "TILE", 64 * 8)
+    monkeypatch.setattr(head, "NARROWEST", 1)
     states, weight, _, tokens = inputs(64)
     with LargestTensor() as largest:
         outputs = head_logprobs(states, weight, None, tokens, kept_bytes=0)
