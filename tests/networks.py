@@ -8,7 +8,7 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_rlhf.batches import Rollouts
 from lightning_rlhf.data.tokens import padded
@@ -291,4 +291,25 @@ def with_soft_attention(model: PreTrainedModel) -> PreTrainedModel:
     for key, parameter in model.named_parameters():
         if key.endswith("Attention.q.weight"):
             parameter.data.mul_(0.1)
+    return model
+
+
+class Counting(nn.Module):
+    """A block that must have been told how many ran before it."""
+
+    def __init__(self, block: nn.Module, ran: list[int]) -> None:
+        super().__init__()
+        self.block, self.ran = block, ran
+
+    def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.ran.append(1)
+        return self.block(states * len(self.ran) ** 0.5, *args, **kwargs)
+
+
+def counting_gpt2(**more: Any) -> PreTrainedModel:
+    """A GPT-2 that computes something else where its lower blocks do not run."""
+    model, ran = network(tiny_gpt2(**more)), []
+    for i, block in enumerate(model.transformer.h):
+        model.transformer.h[i] = Counting(block, ran)
+    model.register_forward_pre_hook(lambda *_: ran.clear())
     return model

@@ -2,7 +2,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from lightning_rlhf.data.tokens import pad_id, padded, prompt_ids, response_ids
+from lightning_rlhf.data.tokens import at, pad_id, padded, prompt_ids, response_ids
 from tests.networks import EOS, PAD, word_tokenizer
 
 BOS = 21
@@ -107,3 +107,14 @@ def test_masks_come_from_lengths_so_that_a_real_token_may_be_the_one_that_pads()
     _, mask = padded([[EOS, 1], [EOS]], EOS, "left")
     assert mask.tolist() == [[True, True], [False, True]]
     assert bool((tokens[:, 2] == EOS).all())
+
+
+def test_whatever_a_tokenizer_raises_is_said_of_the_row():
+    class PanicError(Exception):
+        pass
+
+    complaint = r"^`x.jsonl`: line 3: the tokenizer refuses its text \(PanicError: too odd\)"
+    with pytest.raises(ValueError, match=complaint), at("`x.jsonl`: line 3"):
+        raise PanicError("too odd")
+    with pytest.raises(ValueError, match=r"^`x.jsonl`: line 3: no token$"), at("`x.jsonl`: line 3"):
+        raise ValueError("no token")

@@ -21,6 +21,7 @@ from tests.networks import (
     ARCHITECTURES,
     ENCODER_DECODERS,
     EOS,
+    counting_gpt2,
     deep,
     network,
     random_rows,
@@ -150,6 +151,16 @@ def test_a_branch_begins_with_what_was_kept_of_the_frozen_blocks(name, unfrozen,
 def test_a_branch_of_more_blocks_than_there_are_is_refused():
     with pytest.raises(ValueError, match="`num_value_layers_unfrozen=3`: it is more than the 2 blocks of GPT2LMHead"):
         ValueBranch.of(seen(tiny_gpt2()), 3, ValueHead(16))
+
+
+def test_a_branch_of_a_model_that_cannot_begin_in_its_middle_is_refused():
+    decoder = decoder_of(counting_gpt2(layers=3))
+    probe(decoder)
+    complaint = (
+        r"`num_value_layers_unfrozen=1`: GPT2LMHeadModel cannot begin in its middle\. Use 0 .*, or `critic='policy'`"
+    )
+    with pytest.raises(ValueError, match=complaint):
+        ValueBranch.of(decoder, 1, ValueHead(16))
 
 
 # --- models of their own ----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from lightning_rlhf.models.policy import Policy, PolicyOutput
 from lightning_rlhf.models.probing import probe
 from tests.models.test_hydra import LAYERS, NAMES, policy_of
 from tests.models.test_reference import rollouts
-from tests.networks import deep, network, tiny_gpt2
+from tests.networks import counting_gpt2, deep, network, tiny_gpt2
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -89,25 +89,9 @@ def test_nothing_is_kept_where_no_block_or_no_other_is_frozen(num_layers_unfroze
 
 
 def test_a_model_that_cannot_begin_in_its_middle_runs_whole() -> None:
-    class Counting(nn.Module):
-        """A block that must have been told how many ran before it."""
-
-        def __init__(self, block: nn.Module, count: list[int]) -> None:
-            super().__init__()
-            self.block = block
-            self.count = count
-
-        def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.count.append(1)
-            return self.block(states * len(self.count) ** 0.5, *args, **kwargs)
-
     from lightning_rlhf.models.decoder import Decoder
 
-    model, count = network(tiny_gpt2(layers=3)), []
-    for i, block in enumerate(model.transformer.h):
-        model.transformer.h[i] = Counting(block, count)
-    model.register_forward_pre_hook(lambda *_: count.clear())
-    decoder = Decoder(model)
+    decoder = Decoder(counting_gpt2(layers=3))
     probe(decoder)
     with pytest.warns(UserWarning, match="GPT2LMHeadModel cannot begin in its middle: its frozen blocks run in every"):
         freeze(decoder, 1)
