@@ -40,7 +40,7 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS, MICRO_BATCH = 8, 64, 32, 4
 CONFIG = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "bos_token_id", "eos_token_id", "pad_token_id")
 CONFIG += ("attn_pdrop", "embd_pdrop", "resid_pdrop")
 """What of the network's config is not transformers' own."""
-RETURNS = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+RETURNS = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 """Lets glibc map what is this large by itself, so that it goes back to the system as soon as it is freed."""
 HEADINGS = ("trained", "weights that train", "planned, GiB", "measured, GiB", "planned / measured")
 HEADINGS += ("freed memory returned, GiB", "planned / returned")

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForSequenceClassification
 
 from lightning_rlhf import (
@@ -16,6 +17,7 @@ from lightning_rlhf import (
     RewardModel,
     StepDataModule,
 )
+from lightning_rlhf.models.reference import fingerprint
 from tests.modules.test_reward import PAIRS, Watch, ids_of, scored_by, sgd
 from tests.networks import ARCHITECTURES, ENCODERS, word_tokenizer
 from tests.training import bare_trainer, weights
@@ -44,10 +46,11 @@ class Losses(Watch):
             self.losses.append(float(trainer.callback_metrics["step/loss"]))
 
 
-def fit(module, batch_size=WINDOW, **flags):
+def fit(module, batch_size=WINDOW, shuffle=False, ckpt_path=None, **flags):
     watch = Losses()
-    data = StepDataModule(ROWS, batch_size=batch_size, shuffle=False)
-    bare_trainer(**{"max_epochs": 2, "callbacks": [watch], **flags}).fit(module, datamodule=data)
+    data = StepDataModule(ROWS, batch_size=batch_size, shuffle=shuffle, seed=0)
+    callbacks = [*flags.pop("callbacks", []), watch]
+    bare_trainer(**{"max_epochs": 2, "callbacks": callbacks, **flags}).fit(module, datamodule=data, ckpt_path=ckpt_path)
     return watch.losses
 
 
@@ -96,6 +99,24 @@ def test_it_learns_what_plain_torch_learns_however_batches_are_split(loss, batch
     found = fit(module, batch_size=batch_size, accumulate_grad_batches=accumulate)
     torch.testing.assert_close(weights(module), expected, rtol=0, atol=2e-6)
     assert found == pytest.approx(losses, abs=2e-6)
+
+
+@pytest.mark.invariant(36)
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, step):
+    def run(ckpt_path=None):
+        keep = ModelCheckpoint(
+            tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False
+        )
+        module = module_of(disable_dropout=False, lr_scheduler="cosine", warmup_updates=2)
+        flags = {"callbacks": [keep], "enable_checkpointing": True}
+        return module, fit(module, batch_size=2, shuffle=True, ckpt_path=ckpt_path, **flags)
+
+    whole, losses = run()
+    assert len(losses) == 6
+    resumed, rest = run(tmp_path / f"step={step}.ckpt")
+    assert rest == losses[step:]
+    assert fingerprint(resumed.policy) == fingerprint(whole.policy)
 
 
 @pytest.mark.invariant(6, 8)
