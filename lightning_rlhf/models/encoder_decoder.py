@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lightning_rlhf.batches import ImitationBatch
+from lightning_rlhf.batches import ResponseBatch
 from lightning_rlhf.models.blocks import find_blocks
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.encoded import Encoded
@@ -192,7 +192,7 @@ class EncoderDecoder(Decoder):
         """
         prompt, prefix = batch.prompt_mask.shape[1], self._prefix(batch.prompt_tokens)
         trunk = None if self.trunk is None else trunk
-        written = ImitationBatch(
+        written = ResponseBatch(
             prompt_tokens=prefix,
             prompt_mask=torch.ones_like(prefix, dtype=torch.bool),
             response_tokens=batch.response_tokens,

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lightning_rlhf.batches import ImitationBatch, Rollouts
+from lightning_rlhf.batches import ResponseBatch, Rollouts
 from lightning_rlhf.functional.head import rows_at_once
 from lightning_rlhf.models.branches import SharedValues
 from lightning_rlhf.models.decoder import Decoder
@@ -173,7 +173,7 @@ class Policy(nn.Module):
         """
         # A token more, which nobody reads: the state that would predict it is that of the last one.
         one = tokens.new_zeros(len(tokens), 1)
-        batch = ImitationBatch(prompt_tokens=tokens, prompt_mask=mask, response_tokens=one, response_mask=one == 0)
+        batch = ResponseBatch(prompt_tokens=tokens, prompt_mask=mask, response_tokens=one, response_mask=one == 0)
         return head_states(self.decoder, self.decoder.reading(batch, None)).reshape(len(tokens), -1)
 
     def scored(

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_rlhf.batches import ImitationBatch
+from lightning_rlhf.batches import ResponseBatch
 from lightning_rlhf.models.attention import install, uninstall
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.outputs import same_logits
@@ -103,7 +103,7 @@ def _unpads(decoder: Decoder, tokens: Tensor) -> bool:
     prompts, responses = torch.cat([tokens[:, :3], tokens[:, :3], tokens[:, 3:]]), tokens.flip(1)[:, :4].repeat(3, 1)
     is_prompt, is_response = torch.ones_like(prompts, dtype=torch.bool), torch.ones_like(responses, dtype=torch.bool)
     is_prompt[2, 0] = is_response[1, 2:] = is_response[2, 3:] = False
-    batch = ImitationBatch(
+    batch = ResponseBatch(
         prompt_tokens=prompts, prompt_mask=is_prompt, response_tokens=responses, response_mask=is_response
     )
     # Every row by itself, without any padding.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lightning_rlhf.batches import ImitationBatch, PreferenceBatch, ResponseBatch
+from lightning_rlhf.batches import PreferenceBatch, ResponseBatch
 from lightning_rlhf.models.attention import install, uninstall
 from lightning_rlhf.models.blocks import find_blocks, hooked
 from lightning_rlhf.models.decoder import Decoder
@@ -112,7 +112,7 @@ class Scorer(Decoder):
             A state of each, row by row.
         """
         # A token more, which nobody reads: the state that would predict it is that of the last one.
-        longer = ImitationBatch(
+        longer = ResponseBatch(
             prompt_tokens=rows.prompt_tokens,
             prompt_mask=rows.prompt_mask,
             response_tokens=nn.functional.pad(rows.response_tokens, (0, 1)),
@@ -237,7 +237,7 @@ class Scorer(Decoder):
         )
         is_prompt, is_response = torch.ones_like(prompts).bool(), torch.ones_like(responses).bool()
         is_prompt[2, 0] = is_response[1, 2:] = is_response[2, 3:] = False
-        rows = ImitationBatch(
+        rows = ResponseBatch(
             prompt_tokens=prompts, prompt_mask=is_prompt, response_tokens=responses, response_mask=is_response
         )
         expected = torch.cat([self.last_states(rows.select(torch.tensor([i]))) for i in range(3)])
