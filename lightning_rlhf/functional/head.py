@@ -10,13 +10,15 @@ from torch.autograd.function import once_differentiable
 
 from lightning_rlhf.functional.linear import product
 from lightning_rlhf.functional.logprobs import logits_gradient, token_gradients
-from lightning_rlhf.functional.running_softmax import READ_AT_ONCE, RunningSoftmax
+from lightning_rlhf.functional.running_softmax import RunningSoftmax, exponentials
 
 LOGITS_AT_ONCE = 2**23
 """Logits that are made at once where all of a token's are wanted: 32 MiB in single precision, at least 16 tokens'."""
 TILE = 2**21
 """Logits of all tokens at some entries of the vocabulary, or their gradients, that are made at once: 8 MiB in single
 precision."""
+READ_AT_ONCE = 2**19
+"""Logits of a tile that are looked at at once, which a processor's own cache holds."""
 NARROWEST = 256
 """Entries of the vocabulary that a product has at least, however many tokens there are."""
 
@@ -139,7 +141,7 @@ class _HeadLogprobs(torch.autograd.Function):
         dtype = torch.promote_types(states.dtype, torch.float32)
         keeps = _is_kept(len(flat), vocabulary, states.dtype, kept_bytes) and any(ctx.needs_input_grad)
         entries = _entries_at_once(len(flat), vocabulary)
-        seen = RunningSoftmax(chosen, temperature, dtype)
+        seen = RunningSoftmax(chosen, temperature, dtype, READ_AT_ONCE)
         kept = flat.new_empty(len(flat) * vocabulary) if keeps else None  # exponentials, tile by tile
         tops = []  # of every tile what was subtracted before
         for start in range(0, vocabulary, entries):
@@ -148,19 +150,16 @@ class _HeadLogprobs(torch.autograd.Function):
             seen.add(logits, start, None if kept is None else _tile(kept, logits.shape, start))
             tops.append(seen.top)
             del logits  # or they would be there while the next are made
-        # In the shape in which they are returned: FSDP2 warns of outputs that are views.
-        outputs = [torch.empty(tokens.shape, dtype=dtype, device=states.device) for _ in range(2)]
-        for output, found in zip(outputs, (seen.logprobs, seen.entropy), strict=True):
-            output.view(-1).copy_(found)
-        ctx.save_for_backward(flat, weight, bias, chosen, outputs[1], seen.log_mass, kept, *tops)
+        outputs = seen.outputs(tokens.shape)
+        ctx.save_for_backward(flat, weight, bias, chosen, outputs[1], seen.mass, kept, *tops)
         ctx.temperature, ctx.shape = temperature, states.shape
         ctx.set_materialize_grads(False)
-        return outputs[0], outputs[1]
+        return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        flat, weight, bias, chosen, entropy, log_mass, kept, *tops = ctx.saved_tensors
+        flat, weight, bias, chosen, entropy, mass, kept, *tops = ctx.saved_tensors
         for_logprobs, for_entropy = token_gradients(entropy, grad_logprobs, grad_entropy, ctx.temperature)
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_states = torch.zeros_like(flat) if wants_states else None
@@ -171,13 +170,19 @@ class _HeadLogprobs(torch.autograd.Function):
             part = slice(start, start + entries)
             if kept is not None:
                 some = _tile(kept, (len(flat), len(weight[part])), start)
-                scale = (top - log_mass).exp_()
+                scale = (top - tops[-1]).exp_().div_(mass)
             else:
-                some = product(flat, weight[part], None if bias is None else bias[part]).to(log_mass.dtype)
-                some.div_(ctx.temperature).sub_(log_mass[:, None]).exp_()
-                scale = None
+                some = product(flat, weight[part], None if bias is None else bias[part]).to(mass.dtype)
+                some = exponentials(some, tops[-1], ctx.temperature)
+                scale = mass.reciprocal()
             gradient = logits_gradient(
-                some, scale, chosen[:, None] - start, for_logprobs, for_entropy, entropy.reshape(-1, 1)
+                some,
+                scale,
+                chosen[:, None] - start,
+                for_logprobs,
+                for_entropy,
+                entropy.reshape(-1, 1),
+                kept is not None,
             ).to(flat.dtype)
             if grad_states is not None:
                 grad_states += product(gradient, weight[part].t())

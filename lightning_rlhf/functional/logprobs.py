@@ -7,6 +7,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_rlhf.functional.running_softmax import RunningSoftmax, exponentials
+
 
 def response_inputs(
     prompt: Shaped[Tensor, "batch prompt"], response: Shaped[Tensor, "batch response"]
@@ -64,70 +66,36 @@ def response_logprobs(
     return _ResponseLogprobs.apply(logits, response_tokens, temperature, chunk_size)
 
 
-def read_logits(
-    logits: Tensor,
-    chosen: Tensor,
-    temperature: float,
-    rows: int,
-    logprobs: Tensor,
-    entropy: Tensor,
-    probs: Tensor | None,
-) -> None:
-    """Fills in what a softmax over logits says of tokens, so many tokens at a time.
-
-    Args:
-        logits: (tokens, vocabulary).
-        chosen: (tokens, 1), which entries are the tokens'.
-        temperature: What logits are divided by.
-        rows: Tokens that are looked at at once.
-        logprobs: (tokens,), filled.
-        entropy: (tokens,), filled, in nats.
-        probs: (tokens, vocabulary), filled where it is wanted.
-    """
-    for start in range(0, len(logits), rows):
-        part = slice(start, start + rows)
-        shifted = _shifted(logits[part], temperature)
-        mass = shifted.softmax(-1)
-        log_top = mass.amax(-1).log()  # of the likeliest token, whose shifted logit is 0
-        logprobs[part] = shifted.gather(-1, chosen[part]).squeeze(-1) + log_top
-        # 0 log 0 is 0: what cannot be drawn adds nothing, although its logit is minus infinity.
-        finite = shifted.clamp_(min=torch.finfo(shifted.dtype).min)
-        entropy[part] = -torch.linalg.vecdot(mass, finite) - log_top
-        if probs is not None:
-            probs[part] = mass
-
-
 def logits_gradient(
     masses: Tensor,
-    scale: Tensor | None,
+    scale: Tensor,
     chosen: Tensor,
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
     entropy: Tensor,
+    keeps: bool,
 ) -> Tensor:
     """Gradient for logits over the temperature.
 
     Args:
         masses: (tokens, entries), the softmax at some entries of the vocabulary, but for a factor.
-        scale: (tokens,), the factor; None where there is none: ``masses`` are then made use of and are no longer what
-            they were.
+        scale: (tokens,), the factor.
         chosen: (tokens, 1), where among the entries the tokens are; any beyond them where they are not.
         grad_logprobs: (tokens, 1).
         grad_entropy: (tokens, 1), or None where it is 0.
         entropy: (tokens, 1).
+        keeps: Whether ``masses`` stay what they are.
 
     Returns:
         (tokens, entries).
     """
-    factor = -grad_logprobs
-    more = None
-    if grad_entropy is not None:
-        masses = masses if scale is None else masses * scale[:, None]
-        more = torch.xlogy(masses, masses).addcmul_(masses, entropy).mul_(grad_entropy)
-    elif scale is not None:
-        factor = factor * scale[:, None]
-    is_own = scale is None or grad_entropy is not None
-    gradient = masses.mul_(factor) if is_own else masses * factor
+    times = masses.mul if keeps else masses.mul_
+    if grad_entropy is None:
+        more, gradient = None, times(-grad_logprobs * scale[:, None])
+    else:
+        probs = times(scale[:, None])
+        more = torch.xlogy(probs, probs).addcmul_(probs, entropy).mul_(grad_entropy)
+        gradient = probs.mul_(-grad_logprobs)
     inside = (chosen >= 0) & (chosen < gradient.shape[-1])
     gradient.scatter_add_(-1, torch.where(inside, chosen, 0), torch.where(inside, grad_logprobs, 0.0))
     return gradient if more is None else gradient.sub_(more)
@@ -138,32 +106,33 @@ class _ResponseLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, chunk_size: int) -> tuple[Tensor, Tensor]:
-        vocabulary = logits.shape[-1]
-        flat, chosen = logits.reshape(-1, vocabulary), tokens.reshape(-1, 1)
-        rows = max(1, chunk_size // vocabulary)
+        flat, chosen = logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        # In the shape in which they are returned: FSDP2 warns of outputs that are views.
-        outputs = [torch.empty(tokens.shape, dtype=dtype, device=logits.device) for _ in range(2)]
-        keeps_probs = dtype == logits.dtype and ctx.needs_input_grad[0]
-        probs = torch.empty_like(flat) if keeps_probs else None
-        read_logits(flat, chosen, temperature, rows, outputs[0].view(-1), outputs[1].view(-1), probs)
-        ctx.save_for_backward(flat if probs is None else probs, chosen, outputs[1])
-        ctx.temperature, ctx.rows, ctx.keeps_probs, ctx.shape = temperature, rows, keeps_probs, logits.shape
+        keeps = dtype == logits.dtype and ctx.needs_input_grad[0]
+        masses = torch.empty_like(flat) if keeps else None
+        seen = RunningSoftmax(chosen, temperature, dtype, chunk_size)
+        seen.add(flat, 0, masses)
+        outputs = seen.outputs(tokens.shape)
+        ctx.save_for_backward(flat if masses is None else masses, chosen, outputs[1], seen.top, seen.mass)
+        ctx.temperature, ctx.keeps, ctx.shape = temperature, keeps, logits.shape
+        ctx.rows = max(1, chunk_size // logits.shape[-1])
         ctx.set_materialize_grads(False)
-        return outputs[0], outputs[1]
+        return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        kept, chosen, entropy = ctx.saved_tensors
+        kept, chosen, entropy, top, mass = ctx.saved_tensors
         for_logprobs, for_entropy = token_gradients(entropy, grad_logprobs, grad_entropy, ctx.temperature)
-        entropy = entropy.reshape(-1, 1)
+        entropy, scale = entropy.reshape(-1, 1), mass.reciprocal()
         grad = torch.empty_like(kept)
         for start in range(0, len(kept), ctx.rows):
             part = slice(start, start + ctx.rows)
-            probs = kept[part].clone() if ctx.keeps_probs else _shifted(kept[part], ctx.temperature).softmax(-1)
+            some = kept[part] if ctx.keeps else exponentials(kept[part].to(mass.dtype), top[part], ctx.temperature)
             more = None if for_entropy is None else for_entropy[part]
-            grad[part] = logits_gradient(probs, None, chosen[part], for_logprobs[part], more, entropy[part])
+            grad[part] = logits_gradient(
+                some, scale[part], chosen[part, None], for_logprobs[part], more, entropy[part], ctx.keeps
+            )
         return grad.view(ctx.shape), None, None, None
 
 
@@ -185,10 +154,3 @@ def token_gradients(
     for_entropy = None if grad_entropy is None or not bool(grad_entropy.any()) else grad_entropy
     for_entropy = None if for_entropy is None else for_entropy.reshape(-1, 1) / temperature
     return for_logprobs.reshape(-1, 1) / temperature, for_entropy
-
-
-def _shifted(logits: Tensor, temperature: float) -> Tensor:
-    """Logits over temperature, in at least single precision, the largest of every row at 0."""
-    shifted = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    shifted = shifted - shifted.amax(-1, keepdim=True)
-    return shifted if temperature == 1.0 else shifted.div_(temperature)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_rlhf.functional import head, running_softmax
+from lightning_rlhf.functional import head
 from lightning_rlhf.functional.head import head_logprobs
 from lightning_rlhf.functional.logprobs import response_logprobs
 
@@ -34,7 +34,7 @@ def test_outputs_and_gradients_are_those_by_way_of_logits(
 ) -> None:
     monkeypatch.setattr(head, "TILE", 60 * entries)
     monkeypatch.setattr(head, "NARROWEST", 1)
-    monkeypatch.setattr(running_softmax, "READ_AT_ONCE", read)
+    monkeypatch.setattr(head, "READ_AT_ONCE", read)
     states, weight, bias, tokens = inputs(3, 20)
     expected = response_logprobs(states @ weight.T + bias, tokens, temperature)
     found = head_logprobs(states, weight, bias, tokens, temperature, kept_bytes)

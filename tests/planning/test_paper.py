@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_rlhf.functional import head, running_softmax
+from lightning_rlhf.functional import head
 from lightning_rlhf.functional.head import head_logprobs
 from lightning_rlhf.planning.live import Live
 from lightning_rlhf.planning.paper import HeadOnPaper
@@ -15,8 +15,7 @@ TOKENS, VOCABULARY, WIDTH = 1000, 1000, 64
 @pytest.mark.parametrize("learns", ["all", "states", "nothing"])
 def test_a_head_on_paper_takes_what_the_head_takes(learns, dtype, monkeypatch):
     monkeypatch.setattr(head, "TILE", TOKENS * VOCABULARY // 2)  # two products
-    for module in (head, running_softmax):
-        monkeypatch.setattr(module, "READ_AT_ONCE", 100 * VOCABULARY)
+    monkeypatch.setattr(head, "READ_AT_ONCE", 100 * VOCABULARY)
 
     def peak(say):
         states = torch.zeros(TOKENS, WIDTH, dtype=dtype, requires_grad=learns != "nothing")
