@@ -61,6 +61,7 @@ bench: $(INSTALLED) ## measure speed and memory, beside TRL where bench-envs put
 # The names of what each line writes are those of the regions in docs/performance.md.
 bench-report: $(INSTALLED) ## measure all that docs/performance.md shows, on an idle machine, and fill it in
 	$(BIN)/python -m benchmarks.speed generate sft sft_packed grpo --size base
+	$(BIN)/python -m benchmarks.speed reward --size base
 	$(BIN)/python -m benchmarks.speed ppo --size base --unfrozen -1 2
 	$(BIN)/python -m benchmarks.speed generate grpo --size base --lengths ragged
 	$(BIN)/python -m benchmarks.speed ppo --size base --lengths ragged --unfrozen -1 2
