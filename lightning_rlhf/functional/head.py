@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_rlhf.functional.linear import product
+from lightning_rlhf.functional.linear import product, product_into
 from lightning_rlhf.functional.logprobs import logits_gradient, token_gradients
 from lightning_rlhf.functional.running_softmax import RunningSoftmax, exponentials
 
@@ -187,7 +187,7 @@ class _HeadLogprobs(torch.autograd.Function):
             if grad_states is not None:
                 grad_states += product(gradient, weight[part].t())
             if grad_weight is not None:
-                grad_weight[part] = product(gradient.t(), flat.t())
+                product_into(grad_weight[part], gradient.t(), flat.t())
             if grad_bias is not None:
                 grad_bias[part] = gradient.sum(0)
             del some, gradient

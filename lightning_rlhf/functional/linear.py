@@ -31,6 +31,20 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return onednn(x, weight, bias)
 
 
+def product_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """The same without a gradient, written where it is to be.
+
+    Args:
+        out: (rows, out), filled.
+        x: (rows, in).
+        weight: (out, in), of any strides.
+    """
+    if suits(x, weight):
+        out.copy_(onednn(x, weight))
+    else:
+        torch.mm(x, weight.t(), out=out)
+
+
 @functools.cache
 def is_of_intel() -> bool:
     """Whether the processor is Intel's, for which torch's own product, by MKL, is fast too.

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 ATTENTION = "lightning_rlhf_rows"
 """Name of our attention function among those of transformers."""
 
+SHORT = 256
+"""Tokens of a segment up to which attention is spelt out on a CPU: torch's fused operator, which holds no weights of
+attention, takes half as long again there."""
+
+_MORE = ("dropout", "softcap", "position_bias", "s_aux", "cache", "output_attentions")
+"""What else attention may be asked for."""
+
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def rows_attention(
@@ -59,8 +66,36 @@ def rows_attention(
         is_plain = before == 0 and (window is None or length <= window)
         mask = None if is_plain else _band(before, length, reaches if window is None else window, query.dtype)
         mask = None if mask is None else mask.to(query.device)
-        outputs.append(sdpa_attention_forward(module, queries[i], k, v, mask, **kwargs)[0])
+        if is_plain and length <= SHORT and _is_simple(module, queries[i], k, kwargs):
+            outputs.append(_spelt_out(queries[i], k, v, kwargs.get("scaling")))
+        else:
+            outputs.append(sdpa_attention_forward(module, queries[i], k, v, mask, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
+
+
+def _is_simple(module: torch.nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether two products and a softmax say it: as many keys as queries, and nothing added, dropped out or bounded."""
+    causal = kwargs.get("is_causal")
+    return (
+        query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.float64)
+        and query.shape == key.shape
+        and (getattr(module, "is_causal", True) if causal is None else causal)
+        and all(not isinstance(kwargs.get(name), Tensor) and not kwargs.get(name) for name in _MORE)
+    )
+
+
+def _spelt_out(
+    query: Float[Tensor, "1 heads length width"],
+    key: Float[Tensor, "1 heads length width"],
+    value: Float[Tensor, "1 heads length width"],
+    scaling: float | None,
+) -> Float[Tensor, "1 length heads width"]:
+    """Causal attention by products of matrices, as it is written in the paper."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    mask = _band(0, query.shape[2], query.shape[2], query.dtype)[0]
+    weights = torch.baddbmm(mask, query[0], key[0].transpose(1, 2), alpha=scaling).softmax(-1)
+    return torch.bmm(weights, value[0]).transpose(0, 1)[None]
 
 
 @lru_cache(maxsize=512)

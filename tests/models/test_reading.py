@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lightning_rlhf.batches import Rollouts
+from lightning_rlhf.models import attention
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.freezing import freeze
 from lightning_rlhf.models.heads import ValueHead
@@ -62,6 +63,27 @@ def test_outputs_and_gradients_are_those_of_padded_rows(name: str, shares: bool)
     for key, value in expected.items():
         scale = max(1.0, float(value.abs().max()))
         assert_close(found[key] / scale, value / scale, **CLOSE, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.invariant(1, 30)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "opt", "qwen3"])
+def test_attention_is_the_same_spelt_out_and_by_torchs_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ARCHITECTURES[name]()
+    if hasattr(config, "num_key_value_heads"):
+        config.num_key_value_heads = config.num_attention_heads
+    policy, batch = policy_of(config).double(), written(PROMPTS, RESPONSES)
+    spelt: list[int] = []
+    plain = attention._spelt_out
+    monkeypatch.setattr(attention, "_spelt_out", lambda *given: spelt.append(given[0].shape[2]) or plain(*given))
+    found = gradients(policy, batch, unpads=True, shares=False)
+    lengths = (batch.prompt_mask.sum(1) + batch.response_mask.sum(1) - 1).tolist()
+    assert sorted(spelt) == sorted(lengths * config.num_hidden_layers)
+    spelt.clear()
+    monkeypatch.setattr(attention, "SHORT", 0)
+    expected = gradients(policy, batch, unpads=True, shares=False)
+    assert not spelt
+    for key, value in expected.items():
+        assert_close(found[key], value, rtol=1e-9, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize("name", PADS)
