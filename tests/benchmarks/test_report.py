@@ -164,7 +164,7 @@ def test_every_table_of_the_page_is_made_by_a_command_that_it_names():
     page, makefile = ((report.ROOT / name).read_text() for name in ("docs/performance.md", "Makefile"))
     recipe = makefile.partition("bench-report: ")[2].partition("\n\n")[0]
     commands = re.findall(r"python -m benchmarks\.(\w+) (.+)", recipe)
-    assert len(commands) == 11
+    assert len(commands) == 12
     names = {report.SUMMARY}
     for program, args in commands:
         options = importlib.import_module(f"benchmarks.{program}").parsed(args.split())
