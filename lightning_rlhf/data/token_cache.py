@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import tempfile
+import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class TokenCache:
 
         Args:
             tokenizer: Makes them.
-            how: All on which they depend besides, as plain values.
+            how: All on which they depend besides, as plain values. A ``tokenized`` of one's own is not looked into.
             texts: Of each row, all that tokens are made of.
 
         Returns:
@@ -112,7 +113,7 @@ class TokenCache:
             "learnt_lengths": np.asarray([len(flags) for flags in learnt], dtype=np.int64),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
+        beside = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # machines that share the folder count processes alike
         try:
             save_file(arrays, beside)
             os.replace(beside, path)
