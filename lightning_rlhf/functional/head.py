@@ -19,6 +19,10 @@ TILE = 2**21
 precision."""
 READ_AT_ONCE = 2**19
 """Logits of a tile that are looked at at once, which a processor's own cache holds."""
+GPU_TILE = 2**26
+"""The same on a GPU, where memory is as fast as it gets and every kernel costs its start: 256 MiB."""
+GPU_READ_AT_ONCE = 2**24
+"""Likewise."""
 NARROWEST = 256
 """Entries of the vocabulary that a product has at least, however many tokens there are."""
 
@@ -32,6 +36,7 @@ def head_bytes(
     trains: bool = True,
     learns: bool = True,
     kept_bytes: int = 2**30,
+    is_gpu: bool = False,
 ) -> tuple[int, int, int]:
     """Memory that :func:`head_logprobs` takes beside states, weights and their gradients.
 
@@ -43,23 +48,25 @@ def head_bytes(
         trains: Whether the head's weight does.
         learns: Whether anything does, so that there is a backward pass.
         kept_bytes: As there.
+        is_gpu: Whether it runs on one.
 
     Returns:
         Bytes of the exponentials that lie between the passes, 0 where none do; and what is there beside them for a
         moment: in the forward pass some logits, in the backward pass gradients of some and what they add to others.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    entries = _entries_at_once(tokens, vocabulary)
+    entries, at_once = _entries_at_once(tokens, vocabulary, is_gpu), GPU_READ_AT_ONCE if is_gpu else READ_AT_ONCE
     some, narrow = tokens * entries * wide.itemsize, 0 if dtype == wide else tokens * entries * dtype.itemsize
     added = max(tokens, entries if trains else 0) * width * dtype.itemsize
+    summed = 0 if dtype == wide else tokens * width * wide.itemsize
     keeps = learns and _is_kept(tokens, vocabulary, dtype, kept_bytes)
-    read = min(tokens, max(1, READ_AT_ONCE // entries)) * entries * wide.itemsize
+    read = min(tokens, max(1, at_once // entries)) * entries * wide.itemsize
     held = tokens * (vocabulary if keeps else entries) * dtype.itemsize
     looked_at = (1 if keeps else 2 if dtype == wide else 3) * read
     return (
         held if keeps else 0,
         looked_at if keeps else held + looked_at,
-        max(2 * some, some + narrow + added),
+        summed + max(2 * some, some + narrow + added),
     )  # an entropy's gradient is as large as a log-prob's
 
 
@@ -75,9 +82,9 @@ def rows_at_once(vocabulary: int) -> int:
     return max(16, LOGITS_AT_ONCE // vocabulary)
 
 
-def _entries_at_once(tokens: int, vocabulary: int) -> int:
+def _entries_at_once(tokens: int, vocabulary: int, is_gpu: bool) -> int:
     """Entries of the vocabulary for which logits of all tokens, or their gradients, are made at once."""
-    return min(vocabulary, max(NARROWEST, TILE // max(1, tokens)))
+    return min(vocabulary, max(NARROWEST, (GPU_TILE if is_gpu else TILE) // max(1, tokens)))
 
 
 def _is_kept(tokens: int, vocabulary: int, dtype: torch.dtype, kept_bytes: int) -> bool:
@@ -140,8 +147,8 @@ class _HeadLogprobs(torch.autograd.Function):
         flat, chosen = states.reshape(-1, states.shape[-1]), tokens.reshape(-1)
         dtype = torch.promote_types(states.dtype, torch.float32)
         keeps = _is_kept(len(flat), vocabulary, states.dtype, kept_bytes) and any(ctx.needs_input_grad)
-        entries = _entries_at_once(len(flat), vocabulary)
-        seen = RunningSoftmax(chosen, temperature, dtype, READ_AT_ONCE)
+        entries = _entries_at_once(len(flat), vocabulary, flat.is_cuda)
+        seen = RunningSoftmax(chosen, temperature, dtype, GPU_READ_AT_ONCE if flat.is_cuda else READ_AT_ONCE)
         kept = flat.new_empty(len(flat) * vocabulary) if keeps else None  # exponentials, tile by tile
         tops = []  # of every tile what was subtracted before
         for start in range(0, vocabulary, entries):
@@ -162,10 +169,11 @@ class _HeadLogprobs(torch.autograd.Function):
         flat, weight, bias, chosen, entropy, mass, kept, *tops = ctx.saved_tensors
         for_logprobs, for_entropy = token_gradients(entropy, grad_logprobs, grad_entropy, ctx.temperature)
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_states = torch.zeros_like(flat) if wants_states else None
+        # Of many tiles: in half precision their sum would lose what the last ones add.
+        grad_states = torch.zeros_like(flat, dtype=mass.dtype) if wants_states else None
         grad_weight = torch.empty_like(weight) if wants_weight else None
         grad_bias = torch.empty_like(bias) if wants_bias else None
-        entries = _entries_at_once(len(flat), len(weight))
+        entries = _entries_at_once(len(flat), len(weight), flat.is_cuda)
         for start, top in zip(range(0, len(weight), entries), tops, strict=True):
             part = slice(start, start + entries)
             if kept is not None:
@@ -191,5 +199,5 @@ class _HeadLogprobs(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias[part] = gradient.sum(0)
             del some, gradient
-        grad_states = None if grad_states is None else grad_states.view(ctx.shape)
+        grad_states = None if grad_states is None else grad_states.to(flat.dtype).view(ctx.shape)
         return grad_states, grad_weight, grad_bias, None, None, None

@@ -11,11 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_rlhf.generation.sampling import Sampling, draw
-from lightning_rlhf.models.policy import NextToken, Policy
+from lightning_rlhf.generation.steps import Recorder, Steps
+from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.vocabulary import SpecialTokens
-
-DROP_FINISHED_AT = 0.125
-"""Share of finished rows from which they leave the batch: leaving copies the cache of those that stay."""
 
 
 @dataclass(slots=True)
@@ -59,6 +57,7 @@ class DecodeLoop:
         trunk_bytes: Memory that the states of frozen blocks may take; more are not kept.
         goes_on: Says, of whether some row here has not ended, whether to read on: where weights are gathered for every
             token, as long as any process does.
+        recorder: Records steps, on a GPU; None records none.
     """
 
     def __init__(
@@ -70,6 +69,7 @@ class DecodeLoop:
         with_final_values: bool = False,
         trunk_bytes: int = 0,
         goes_on: Callable[[bool], bool] = bool,
+        recorder: Recorder | None = None,
     ) -> None:
         self.policy = policy
         self.sampling = sampling
@@ -78,6 +78,7 @@ class DecodeLoop:
         self.with_final_values = with_final_values
         self.trunk_bytes = trunk_bytes
         self.goes_on = goes_on
+        self.recorder = recorder
 
     @torch.no_grad()
     def __call__(
@@ -111,10 +112,11 @@ class DecodeLoop:
         alive = torch.ones(batch, dtype=torch.bool, device=device)  # which of those have not ended
         tokens, mask, cache = self.policy.begin(torch.where(prompt_mask, prompt_tokens, 0), prompt_mask)
         text = _Text(tokens, mask)
-        step = self._read(text, cache)
+        step = Steps(self.policy, cache).read(text)
         if group_size > 1:
             text.repeat(group_size)
             step = step.repeated(group_size)
+        steps = self._steps(step.cache, text)
         trunk = _TrunkColumns(step.trunk, self.sampling.max_new_tokens, self.trunk_bytes)
         remaining = batch
         for t in range(self.sampling.max_new_tokens):
@@ -122,7 +124,7 @@ class DecodeLoop:
                 step.logits, uniforms[rows, t], self.sampling, self._forbidden(t, step.logits)
             )
             if remaining:
-                out.write(t, rows[alive], alive, tokens, logprobs, step.values, kept)
+                out.write(t, rows, alive, tokens, logprobs, step.values, kept)
             ended = torch.isin(tokens, eos)
             if self.stopping is not None:
                 ended |= self.stopping(out.tokens[rows, : t + 1], None)
@@ -132,14 +134,12 @@ class DecodeLoop:
             if not self.goes_on(remaining > 0) or (is_last and not self.with_final_values):
                 break
             text.append(tokens)
-            cache = step.cache
-            if len(rows) > 1 and len(rows) - remaining >= DROP_FINISHED_AT * len(rows):
-                index = alive.nonzero().squeeze(1) if remaining else torch.zeros_like(rows[:1])
+            index = steps.staying(alive, remaining)
+            if index is not None:
                 rows, alive = rows[index], alive[index]
                 text.select(index)
-                if cache is not None:
-                    cache.batch_select_indices(index)
-            step = self._read(text, cache)
+                steps.select(index)
+            step = steps.read(text)
             trunk.write(t, rows, step.trunk)
 
         out.truncated[rows[alive]] = True
@@ -147,10 +147,10 @@ class DecodeLoop:
             out.final_values[rows[alive]] = step.values[alive].to(out.final_values.dtype)
         return out.decoded(self.with_final_values, trunk)
 
-    def _read(self, text: _Text, cache: Any) -> NextToken:
-        # What an encoder made of the prompt is no past of the response.
-        has_past = getattr(cache, "past", cache) is not None
-        return self.policy.next_token(text.tokens[:, -1:] if has_past else text.tokens, text.mask, cache)
+    def _steps(self, cache: Any, text: _Text) -> Steps:
+        if self.recorder is None:
+            return Steps(self.policy, cache)
+        return self.recorder.steps(self.policy, cache, text, self.sampling.max_new_tokens)
 
     def _forbidden(self, t: int, logits: Tensor) -> Tensor | None:
         if t >= self.sampling.min_new_tokens:
@@ -185,6 +185,7 @@ class _Columns:
         def empty() -> Tensor:
             return torch.zeros(batch, length, dtype=torch.float32, device=device)
 
+        self.pad = pad
         self.tokens = torch.full((batch, length), pad, dtype=torch.long, device=device)
         self.mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
         self.logprobs, self.values, self.kept_mass = empty(), empty(), empty()
@@ -203,16 +204,16 @@ class _Columns:
         values: Tensor | None,
         kept_mass: Tensor | None,
     ) -> None:
-        """Fills column t of the rows that have not ended."""
+        """Fills column t of the rows that have not ended, without asking which: a GPU would be waited for."""
         self.length = t + 1
-        self.mask[rows, t] = True
-        self.tokens[rows, t] = tokens[alive]
-        self.logprobs[rows, t] = logprobs[alive]
-        self.kept_mass[rows, t] = 1.0 if kept_mass is None else kept_mass[alive]
+        self.mask[rows, t] = alive
+        self.tokens[rows, t] = torch.where(alive, tokens, self.pad)
+        self.logprobs[rows, t] = torch.where(alive, logprobs, 0.0)
+        self.kept_mass[rows, t] = alive.float() if kept_mass is None else torch.where(alive, kept_mass, 0.0)
         self.with_kept_mass |= kept_mass is not None
         if values is not None:
             self.with_values = True
-            self.values[rows, t] = values[alive].float()
+            self.values[rows, t] = torch.where(alive, values.float(), 0.0)
 
     def decoded(self, with_final_values: bool, trunk: _TrunkColumns) -> Decoded:
         """The columns that were written."""

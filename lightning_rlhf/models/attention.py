@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,8 +22,43 @@ SHORT = 256
 """Tokens of a segment up to which attention is spelt out on a CPU: torch's fused operator, which holds no weights of
 attention, takes half as long again there."""
 
+WIDEST_HEAD = 256
+"""Channels of a head that the kernels of a GPU read."""
+
 _MORE = ("dropout", "softcap", "position_bias", "s_aux", "cache", "output_attentions")
 """What else attention may be asked for."""
+
+_noticed: list[list[bool]] = []
+"""What :func:`noticing` collects, for as long as somebody wants to know."""
+
+
+@contextmanager
+def noticing() -> Iterator[list[bool]]:
+    """Listens for what :func:`rows_attention` is asked.
+
+    Yields:
+        Of every call to come, whether one kernel of a GPU could say it.
+    """
+    _noticed.append([])
+    try:
+        yield _noticed[-1]
+    finally:
+        _noticed.pop()
+
+
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is one kernel for rows of different lengths: on GPUs, in half precision.
+
+    Args:
+        device: Where it would run.
+        dtype: Of the weights; what autocast computes in counts instead where it is on.
+
+    Returns:
+        The answer.
+    """
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -51,6 +89,10 @@ def rows_attention(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     segments = attention_mask[0, 0].tolist()
+    for noticed in _noticed:
+        noticed.append(_is_one_kernel(module, query, kwargs))
+    if packs(query.device, query.dtype) and _is_one_kernel(module, query, kwargs):
+        return _packed(query, key, value, segments, **kwargs), None
     lengths = [length for length, _ in segments]
     window = kwargs.get("sliding_window")
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
@@ -74,15 +116,98 @@ def rows_attention(
 
 
 def _is_simple(module: torch.nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether two products and a softmax say it: as many keys as queries, and nothing added, dropped out or bounded."""
-    causal = kwargs.get("is_causal")
+    """Whether it is worth while on a CPU to spell it out: as many keys as queries, and nothing more."""
     return (
         query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.float64)
         and query.shape == key.shape
-        and (getattr(module, "is_causal", True) if causal is None else causal)
+        and _is_plain(module, kwargs)
+    )
+
+
+def _is_plain(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether two products and a softmax say it: causal, and nothing added, dropped out or bounded."""
+    causal = kwargs.get("is_causal")
+    return bool(
+        (getattr(module, "is_causal", True) if causal is None else causal)
         and all(not isinstance(kwargs.get(name), Tensor) and not kwargs.get(name) for name in _MORE)
     )
+
+
+def _is_one_kernel(module: torch.nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether the kernels of a GPU for rows of different lengths can be asked."""
+    return _is_plain(module, kwargs) and query.shape[-1] <= WIDEST_HEAD and query.shape[-1] % 8 == 0
+
+
+class _Packing(NamedTuple):
+    """Where segments begin, in the form in which the kernels of a GPU are told."""
+
+    queries: Tensor  # (segments + 1,) of 32-bit integers: where each begins
+    keys: Tensor  # likewise, of the keys that each looks at
+    index: Tensor | None  # (keys,), which keys these are; None where they are those of the line, in order
+    longest_query: int
+    longest_key: int
+
+
+@lru_cache(maxsize=8)
+def _packing(segments: tuple[tuple[int, int], ...], device: torch.device) -> _Packing:
+    starts = [0]
+    for length, _ in segments:
+        starts.append(starts[-1] + length)
+    spans = [
+        ([] if prefix < 0 else [(starts[prefix], segments[prefix][0])]) + [(starts[i], length)]
+        for i, (length, prefix) in enumerate(segments)
+        if length
+    ]
+    queries = torch.tensor([0, *(span[-1][1] for span in spans)]).cumsum(0)
+    keys = torch.tensor([0, *(sum(length for _, length in span) for span in spans)]).cumsum(0)
+    index = None
+    if any(len(span) > 1 for span in spans):
+        index = torch.cat([torch.arange(start, start + length) for span in spans for start, length in span]).to(device)
+    longest = max(span[-1][1] for span in spans), max(sum(length for _, length in span) for span in spans)
+    return _Packing(*(cumulated.to(device, torch.int32) for cumulated in (queries, keys)), index, *longest)
+
+
+def _packed(
+    query: Float[Tensor, "1 heads total width"],
+    key: Float[Tensor, "1 keys total width"],
+    value: Float[Tensor, "1 keys total width"],
+    segments: list[list[int]],
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> Float[Tensor, "1 total heads width"]:
+    """All segments by one kernel, each of them looking at its prefix and itself."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    packing = _packing(tuple((length, prefix) for length, prefix in segments), query.device)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+    if packing.index is not None:
+        k, v = k.index_select(0, packing.index), v.index_select(0, packing.index)
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _is_asked_for_groups() else {}
+    back = -1 if sliding_window is None else sliding_window - 1
+    attended: Tensor = varlen_attn(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        packing.queries,
+        packing.keys,
+        packing.longest_query,
+        packing.longest_key,
+        scale=scaling,
+        window_size=(back, 0),
+        **grouped,
+    )
+    return attended[None]
+
+
+@lru_cache(maxsize=1)
+def _is_asked_for_groups() -> bool:
+    """Whether torch wants to be told that several heads share keys; before 2.12 it sees that."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _spelt_out(

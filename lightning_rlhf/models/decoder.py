@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_rlhf.functional.head import head_logprobs
 from lightning_rlhf.functional.logprobs import response_logprobs
 from lightning_rlhf.models.adapters import Adapters
+from lightning_rlhf.models.attention import packs
 from lightning_rlhf.models.blocks import Blocks, find_blocks, hooked, instead
 from lightning_rlhf.models.outputs import DecoderOutput, Said, same_logits
 from lightning_rlhf.models.reading import (
@@ -44,6 +45,7 @@ class Decoder(nn.Module):
         is_plain: Whether its logits are the product of states and head, with nothing after it.
         unpads: Whether it reads rows that lie one behind the other.
         shares: Whether it may then read a prompt once that several rows have: not where dropout is to differ.
+        packs: Whether kernels of a GPU for rows of different lengths say what its attention says.
         block_size: Parameters of its largest block; 0 where blocks were not found.
         is_compiled: Whether its blocks are compiled, for passes that train.
         blocks: Where it can be cut; None where that is not known.
@@ -63,7 +65,7 @@ class Decoder(nn.Module):
         self.caches = {"past_key_values", "use_cache"} <= self.accepted
         self.pads = "attention_mask" in self.accepted
         self.chooses = True
-        self.is_plain = self.unpads = self.shares = self.is_compiled = False
+        self.is_plain = self.unpads = self.shares = self.packs = self.is_compiled = False
         self.block_size = 0
         self.blocks: Blocks | None = None
         self.encoder_blocks: tuple[str, ...] = ()
@@ -131,16 +133,19 @@ class Decoder(nn.Module):
         cache: Any = None,
         use_cache: bool = False,
         trunk: Float[Tensor, "batch new trunk"] | None = None,
+        positions: Int[Tensor, "batch new"] | None = None,
     ) -> DecoderOutput:
         """Reads tokens, after those in the cache if there is one.
 
         Args:
             tokens: What to read.
-            mask: True where a token is real, those in the cache included.
+            mask: True where a token is real, those in the cache included; with ``positions``, (batch, 1, new, cached),
+                True where each looks.
             keep: For how many of the last positions logits are wanted.
             cache: From an earlier call.
             use_cache: Whether the output should hold a cache.
             trunk: What an earlier call returned for these tokens; the frozen blocks are then not run.
+            positions: Of the tokens in their rows; by default as the mask says.
 
         Returns:
             Logits, states, cache, and the trunk if it can be kept.
@@ -153,10 +158,11 @@ class Decoder(nn.Module):
             states.append(inputs[0].clone(memory_format=torch.contiguous_format))
             return states[-1], *inputs[1:]
 
-        positions = positions_of(mask)[:, -tokens.shape[1] :]
+        if positions is None:
+            positions, mask = positions_of(mask)[:, -tokens.shape[1] :], mask.long()
         given = self._given(cache)
         with hooked(self.model.get_output_embeddings(), read), self._watched(trunk) as seen:
-            output = self._run(tokens, mask.long(), positions, keep, trunk, use_cache=use_cache, **given)
+            output = self._run(tokens, mask, positions, keep, trunk, use_cache=use_cache, **given)
         kept = output.past_key_values if use_cache else None
         if kept is not None and "past_key_values" not in given:  # the first time
             from lightning_rlhf.models.cache import give_room  # imports transformers, which is there by now
@@ -175,13 +181,19 @@ class Decoder(nn.Module):
             batch: Prompts and responses.
 
         Returns:
-            For each row, the one whose prompt it looks at; None where rows are padded: on a GPU, where every row and
-            block would be a kernel of its own, and where padding costs less than attending row by row.
+            For each row, the one whose prompt it looks at; None where rows are padded: on a GPU where no kernel takes
+            all of them at once (in single precision, say), and on a CPU where padding costs less than attending row by
+            row.
         """
-        if not (self.unpads and batch.prompt_tokens.is_cpu and bool(batch.prompt_mask[:, -1].all())):
+        device = batch.prompt_tokens.device
+        if not (self.unpads and bool(batch.prompt_mask[:, -1].all())):
+            return None
+        drops = self.training and not self.shares
+        if device.type != "cpu" and (drops or not (self.packs and packs(device, self.model.dtype))):
             return None
         first = first_with_prompt(batch, self.shares)
-        return first if not self.pads or pays(batch, first, self.block_size) else None
+        is_in_line = device.type != "cpu" or not self.pads or pays(batch, first, self.block_size)
+        return first if is_in_line else None
 
     def reading(self, batch: Responses, trunk: Float[Tensor, "batch joined width"] | None) -> Reading:
         """What is to be read in order to learn how likely responses were.

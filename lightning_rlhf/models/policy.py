@@ -220,17 +220,26 @@ class Policy(nn.Module):
         return self.decoder.begin(prompt_tokens, prompt_mask)
 
     @torch.no_grad()
-    def next_token(self, tokens: Int[Tensor, "batch new"], mask: Bool[Tensor, "batch total"], cache: Any) -> NextToken:
+    def next_token(
+        self,
+        tokens: Int[Tensor, "batch new"],
+        mask: Bool[Tensor, "batch total"],
+        cache: Any,
+        positions: Int[Tensor, "batch new"] | None = None,
+    ) -> NextToken:
         """One step of decoding.
 
         Args:
             tokens: What has not been read yet.
-            mask: True where a token is real, those read before included.
+            mask: True where a token is real, those read before included; with ``positions``, (batch, 1, new, cached),
+                True where each looks.
             cache: From :meth:`begin`, then from the step before.
+            positions: Of the tokens in their rows; by default as the mask says.
 
         Returns:
             Logits and value at the last position.
         """
-        output = self.decoder(tokens, mask, keep=1, cache=cache, use_cache=self.decoder.caches)
+        more = {} if positions is None else {"positions": positions}
+        output = self.decoder(tokens, mask, keep=1, cache=cache, use_cache=self.decoder.caches, **more)
         values = None if self.value_head is None else self.value_head(output.states)[:, 0]
         return NextToken(output.logits[:, 0], values, output.cache, output.trunk)

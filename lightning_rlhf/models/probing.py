@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_rlhf.batches import ResponseBatch
-from lightning_rlhf.models.attention import install, uninstall
+from lightning_rlhf.models.attention import install, noticing, uninstall
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.outputs import same_logits
 from lightning_rlhf.models.reading import Reading, first_with_prompt, padded, unpadded
@@ -113,9 +113,10 @@ def _unpads(decoder: Decoder, tokens: Tensor) -> bool:
     rows[2].prompt_tokens, rows[2].prompt_mask = prompts[2:, 1:], is_prompt[2:, 1:]
     expected = torch.cat([decoder.read(padded(row, None, False)).logprobs for row in rows], dim=1)
     try:
-        found = same_logits(
-            decoder.read(unpadded(batch, None, first_with_prompt(batch, shares=True))).logprobs, expected, spread=1.0
-        )
+        with noticing() as noticed:
+            said = decoder.read(unpadded(batch, None, first_with_prompt(batch, shares=True))).logprobs
+        found = same_logits(said, expected, spread=1.0)
+        decoder.packs = all(noticed)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         found = False  # whatever a forward that does not fit stumbles over
     if not found:

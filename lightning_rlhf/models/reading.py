@@ -59,7 +59,8 @@ class Reading:
     Attributes:
         tokens: (1, total) one behind the other, or (batch, joined) with padding.
         positions: Of the tokens in their rows.
-        mask: True where a token is real; or, one behind the other, :func:`rows_attention`'s (1, 1, segments, 2).
+        mask: True where a token is real; or, one behind the other, :func:`rows_attention`'s (1, 1, segments, 2), in
+            host memory.
         keep: How many of the last columns predict something.
         targets: The tokens that are predicted; (1, predicted), or (batch, keep) where ``chosen`` is None.
         chosen: Which of the kept states, counted through all rows, predict these tokens; None for all.
@@ -127,7 +128,7 @@ def unpadded(batch: Responses, trunk: Tensor | None, first: list[int]) -> Readin
     place[:, width - 1] = place[:, width - 1][first]  # a prompt's last token predicts the response's first
     chosen = place[:, width - 1 :][response]
     segments = _segments(batch, first) + ([[filler, -1]] if filler else [])
-    mask = torch.tensor(segments, device=tokens.device)[None, None]
+    mask = torch.tensor(segments)[None, None]  # in host memory, where it is read
     kept = None if trunk is None else trunk.flatten(0, 1)[source][None]
     return Reading(tokens, positions, mask, tokens.shape[1], batch.response_tokens[response][None], chosen, kept)
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lightning_rlhf.batches import PreferenceBatch, ResponseBatch
-from lightning_rlhf.models.attention import install, uninstall
+from lightning_rlhf.models.attention import install, noticing, uninstall
 from lightning_rlhf.models.blocks import find_blocks, hooked
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.outputs import same_logits
@@ -244,7 +244,9 @@ class Scorer(Decoder):
         shares, pads = self.shares, self.pads
         self.unpads, self.shares, self.pads = True, True, False  # in line, whether it pays or not
         try:
-            found = same_logits(self.last_states(rows), expected, spread=1.0)
+            with noticing() as noticed:
+                found = same_logits(self.last_states(rows), expected, spread=1.0)
+            self.packs = all(noticed)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             found = False  # whatever a forward that does not fit stumbles over
         finally:

@@ -115,7 +115,8 @@ class BuiltModule(SavedModule):
 
     def _build(self) -> None:
         self._dropout = []  # of a network that may have been built before, and that no other process can take
-        with isolate_rng():
+        # In host memory, wherever Lightning would build: there the same seed gives the same weights on every device.
+        with isolate_rng(), torch.device("cpu"):
             torch.manual_seed(derived_seed(self.seed, "build"))
             self.build()
 

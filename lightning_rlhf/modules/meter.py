@@ -54,7 +54,10 @@ class Meter:
         names = sorted(self._moments)
         if not names:
             return {}
-        sums = sum_over_ranks(torch.stack([self._moments[name] for name in names]))
+        found = [self._moments[name] for name in names]
+        # Seconds are counted in host memory, rewards on a GPU.
+        device = next((moment.device for moment in found if not moment.is_cpu), torch.device("cpu"))
+        sums = sum_over_ranks(torch.stack([moment.to(device) for moment in found]))
         self._moments.clear()
         means, variances = mean_and_variance(sums, ddof=1)
         columns = zip(names, sums[:, 0].tolist(), means.tolist(), variances.sqrt().tolist(), strict=True)

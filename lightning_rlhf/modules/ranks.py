@@ -17,6 +17,18 @@ def rank() -> int:
     return dist.get_rank() if _is_distributed() else 0
 
 
+def spoken(tensor: Tensor) -> Tensor:
+    """A tensor where processes can tell it each other: NCCL knows no host memory.
+
+    Args:
+        tensor: Anywhere.
+
+    Returns:
+        The same, or a copy on this process's GPU.
+    """
+    return tensor.cuda() if tensor.is_cpu and dist.get_backend() == "nccl" else tensor
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Adds a tensor up over all processes; a collective.
 
@@ -26,10 +38,11 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     Returns:
         The sum, on all.
     """
-    if _is_distributed():
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-    return tensor
+    if not _is_distributed():
+        return tensor
+    total = spoken(tensor).clone()
+    dist.all_reduce(total)
+    return total.to(tensor.device)
 
 
 def gather_over_ranks(tensor: Tensor) -> Tensor:
@@ -43,9 +56,10 @@ def gather_over_ranks(tensor: Tensor) -> Tensor:
     """
     if not _is_distributed():
         return tensor[None]
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.stack(parts)
+    told = spoken(tensor).contiguous()
+    parts = [torch.empty_like(told) for _ in range(world_size())]
+    dist.all_gather(parts, told)
+    return torch.stack(parts).to(tensor.device)
 
 
 def most_over_ranks(number: int, device: torch.device) -> int:

@@ -17,6 +17,7 @@ from lightning_rlhf.chance import row_uniforms
 from lightning_rlhf.data.tokens import padded, prompt_ids
 from lightning_rlhf.generation.decode import Decoded, DecodeLoop
 from lightning_rlhf.generation.sampling import Sampling, SamplingLike
+from lightning_rlhf.generation.steps import Recorder
 from lightning_rlhf.generation.stopping import stop_criteria
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.vocabulary import SpecialTokens
@@ -43,6 +44,7 @@ class TextModule(Remembering, L.LightningModule, ABC):
     def __init__(self) -> None:
         super().__init__()
         self._stopping: dict[tuple[str, ...], Any] = {}
+        self._recorder = Recorder()
 
     @property
     @abstractmethod
@@ -81,9 +83,12 @@ class TextModule(Remembering, L.LightningModule, ABC):
         stopping = self._criteria(sampling.stop)
         holds = getattr(getattr(self._trainer, "strategy", None), "hold_weights", True)
         goes_on = bool if holds else partial(any_over_ranks, device=prompt_tokens.device)
-        loop = DecodeLoop(self.policy, sampling, self.special_tokens, stopping, with_final_values, trunk_bytes, goes_on)
+        how = (stopping, with_final_values, trunk_bytes, goes_on, self._recorder)
+        loop = DecodeLoop(self.policy, sampling, self.special_tokens, *how)
         with self.quiet(), held(self.policy) if holds else nullcontext(), self._eager():
-            return loop(prompt_tokens, prompt_mask, uniforms, group_size)
+            decoded = loop(prompt_tokens, prompt_mask, uniforms, group_size)
+        self._recorder.rest()
+        return decoded
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

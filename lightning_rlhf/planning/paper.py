@@ -19,11 +19,13 @@ class HeadOnPaper(torch.autograd.Function):
     """Allocates what :func:`head_logprobs` does, in as few operators as it takes."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, live: Live) -> Tensor:
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, live: Live, is_gpu: bool) -> Tensor:
         """Returns a number for each state, in the place of its log-prob."""
         tokens, (vocabulary, width) = states.shape[:-1].numel(), weight.shape
         learns, trains = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
-        kept, logits, ctx.at_once = head_bytes(tokens, vocabulary, width, states.dtype, trains=trains, learns=learns)
+        kept, logits, ctx.at_once = head_bytes(
+            tokens, vocabulary, width, states.dtype, trains=trains, learns=learns, is_gpu=is_gpu
+        )
         with live.labelled(LOGITS):
             softmax = _memory(kept)
             _moment(logits)
@@ -41,7 +43,7 @@ class HeadOnPaper(torch.autograd.Function):
             grads = [torch.empty_like(tensor) if wants else None for tensor, wants in wanted]
         with ctx.live.labelled(LOGITS):
             _moment(ctx.at_once)
-        return grad_states, *grads, None
+        return grad_states, *grads, None, None
 
 
 class SoftmaxOnPaper(torch.autograd.Function):

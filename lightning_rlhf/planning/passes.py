@@ -180,7 +180,7 @@ class Passes:
             if torch.is_autocast_enabled("cpu"):
                 dtype = torch.get_autocast_dtype("cpu")
                 states, weight = states.to(dtype), weight.to(dtype)
-            return HeadOnPaper.apply(states[:, -rows.response :], weight, bias, live)
+            return HeadOnPaper.apply(states[:, -rows.response :], weight, bias, live, self.placement.is_gpu)
 
         value = self.network.value if with_values else None
         branch = value if isinstance(value, ValueBranch | ValueAdapter) else None

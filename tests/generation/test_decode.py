@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from lightning_rlhf.chance import row_uniforms
 from lightning_rlhf.data.tokens import padded
-from lightning_rlhf.generation import decode
+from lightning_rlhf.generation import steps
 from lightning_rlhf.generation.decode import Decoded, DecodeLoop
 from lightning_rlhf.generation.sampling import Sampling
 from lightning_rlhf.models.decoder import Decoder
@@ -95,7 +95,7 @@ def scripted(
 def test_a_response_ends_with_its_eos_and_nothing_comes_after(
     pad: int, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "DROP_FINISHED_AT", share)
+    monkeypatch.setattr(steps, "DROP_FINISHED_AT", share)
     out, _ = scripted(special=SpecialTokens((EOS,), pad))
     assert responses(out) == [
         [5, 6, EOS],
@@ -149,7 +149,7 @@ def test_values_are_those_of_the_states_before_their_tokens() -> None:
 def test_the_final_value_is_that_of_the_state_after_what_was_cut_off(
     share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "DROP_FINISHED_AT", share)
+    monkeypatch.setattr(steps, "DROP_FINISHED_AT", share)
     out, _ = scripted(Sampling(max_new_tokens=3), with_final_values=True)
     assert out.truncated.tolist() == [False, False, True, False, True, True]
     assert out.final_values.tolist() == [0.0, 0.0, 203.0, 0.0, 403.0, 503.0]
@@ -170,7 +170,7 @@ def test_the_final_value_is_that_of_the_state_after_what_was_cut_off(
 def test_rows_that_have_ended_leave_when_enough_of_them_have(
     share: float, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "DROP_FINISHED_AT", share)
+    monkeypatch.setattr(steps, "DROP_FINISHED_AT", share)
     out, policy = scripted()
     assert policy.batch_sizes == sizes
     assert out.truncated.tolist() == [False, False, True, False, False, False]
@@ -332,7 +332,7 @@ def test_a_response_does_not_depend_on_who_else_is_there(name: str, monkeypatch:
     together = decoded(policy, sampling, PROMPTS)
     assert len(set(together.mask.sum(1).tolist())) >= 3
     for share in (0.0, 0.5, 2.0):
-        monkeypatch.setattr(decode, "DROP_FINISHED_AT", share)
+        monkeypatch.setattr(steps, "DROP_FINISHED_AT", share)
         again = decoded(policy, sampling, PROMPTS)
         assert torch.equal(again.tokens, together.tokens)
         assert torch.equal(again.mask, together.mask)

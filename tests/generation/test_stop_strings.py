@@ -8,7 +8,7 @@ import torch
 from lightning_rlhf import PPOModule, SFTModule
 from lightning_rlhf.chance import row_uniforms
 from lightning_rlhf.data.tokens import padded
-from lightning_rlhf.generation import decode
+from lightning_rlhf.generation import steps
 from lightning_rlhf.generation.decode import Decoded, DecodeLoop
 from lightning_rlhf.generation.sampling import Sampling
 from lightning_rlhf.models.vocabulary import SpecialTokens
@@ -132,7 +132,7 @@ def test_min_new_tokens_keeps_off_eos_and_no_stop_string() -> None:
 def test_random_texts_end_where_a_search_says_they_do(
     stop: list[str], share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "DROP_FINISHED_AT", share)
+    monkeypatch.setattr(steps, "DROP_FINISHED_AT", share)
     count = len(PIECES)  # a line's number is a token
     weights = torch.ones(count, EOS + 1)
     weights[:, EOS] = 0.3
