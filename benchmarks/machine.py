@@ -23,10 +23,13 @@ BACKENDS = {
 }
 """Whose products are timed: those that torch calls by itself, on x86 MKL's, and those of oneDNN."""
 
+GPU = "cuBLAS in bfloat16"
+"""Whose are timed on a GPU."""
+
 
 @dataclass(frozen=True)
 class MatrixRate:
-    """What a backend's matrix products reach in single precision.
+    """What a backend's matrix products reach, in single precision unless it says otherwise.
 
     Attributes:
         backend: A key of :data:`BACKENDS`.
@@ -68,6 +71,42 @@ def matrix_rates(
     return rates
 
 
+def gpu_rates(repeats: int = 20, size: int = 8192) -> dict[str, MatrixRate]:
+    """The rate of a large matrix product in bfloat16.
+
+    Args:
+        repeats: Products, of which the fastest counts.
+        size: Of the cube.
+
+    Returns:
+        By backend.
+    """
+    x, weight = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    fastest = float("inf")
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        torch.mm(x, weight)
+        torch.cuda.synchronize()
+        fastest = min(fastest, time.perf_counter() - started)
+    return {GPU: MatrixRate(GPU, 2 * size**3 / fastest / 1e9, (size, size, size))}
+
+
+def wait_for_gpu() -> None:
+    """Waits until a GPU, if there is one that this process uses, has done what it was told."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def gpu_peak_memory() -> float:
+    """The most memory that tensors of this process ever took on a GPU.
+
+    Returns:
+        In GiB; 0 where none is used.
+    """
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_initialized() else 0.0
+
+
 def better(*measured: Mapping[str, MatrixRate]) -> dict[str, MatrixRate]:
     """The best of several measurements, backend by backend.
 
@@ -80,7 +119,7 @@ def better(*measured: Mapping[str, MatrixRate]) -> dict[str, MatrixRate]:
     backends = {backend for rates in measured for backend in rates}
     return {
         backend: max((rates[backend] for rates in measured if backend in rates), key=lambda rate: rate.gflops)
-        for backend in BACKENDS
+        for backend in (*BACKENDS, GPU)
         if backend in backends
     }
 

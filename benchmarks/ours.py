@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import workload
 from benchmarks.worker import Gate
-from benchmarks.workload import Case
+from benchmarks.workload import LONG, PACKED_ROWS, Case
 from lightning_rlhf import (
     ConversationDataModule,
     GRPOModule,
@@ -27,6 +27,7 @@ from lightning_rlhf import (
     SFTModule,
 )
 from lightning_rlhf.batches import PreferenceBatch
+from lightning_rlhf.generation.decode import Decoded
 
 
 class WaitsAfterIterations(Callback):
@@ -63,7 +64,7 @@ class WaitsAfterIterations(Callback):
         return {
             "generate": generate,
             "score": self.scored - generate,
-            "optimise": float(trainer.callback_metrics["time/update"]),
+            "optimise": self.gate.since_start() - self.scored,
         }
 
 
@@ -110,8 +111,11 @@ def module_of(case: Case) -> L.LightningModule:
     shared: dict[str, Any] = {
         "optimizer": functools.partial(torch.optim.AdamW, lr=workload.LEARNING_RATE, fused=True),
         "seed": 0,
+        "compile": case.compiles,
     }
-    if case.row in ("sft", "sft_packed", "generate"):
+    if case.row == "generate" and case.network.on_gpu:
+        spec.dtype = "bfloat16"
+    if case.row.startswith("sft") or case.row == "generate":
         return SFTModule(spec, **shared)
     if case.row == "reward":
         return RewardModule(spec, **shared)
@@ -121,10 +125,10 @@ def module_of(case: Case) -> L.LightningModule:
 
     shared |= {
         "reward": score,
-        "sampling": {"max_new_tokens": workload.MAX_NEW_TOKENS, "temperature": 1.0},
+        "sampling": {"max_new_tokens": case.max_new_tokens, "temperature": 1.0},
         "num_epochs": case.epochs,
         "minibatch_size": case.minibatch_size,
-        "micro_batch_size": case.micro_batch_size or None,
+        "micro_batch_size": case.micro_batch_size or (1 if case.row in LONG else None),
         "micro_batch_tokens": case.micro_batch_tokens or None,
     }
     if case.row == "ppo":
@@ -142,17 +146,18 @@ def fit(case: Case, module: L.LightningModule, callback: Callback) -> None:
     """
     quiet()
     data: L.LightningDataModule
-    if case.row == "sft":
-        data = ConversationDataModule(case.examples(), batch_size=workload.BATCH, shuffle=False)
+    if case.row in ("sft", "sft_8k"):
+        data = ConversationDataModule(case.examples(), batch_size=case.rows, shuffle=False)
     elif case.row == "reward":
         data = PreferenceDataModule(case.pairs(), batch_size=workload.BATCH, shuffle=False)
     elif case.row == "sft_packed":
-        room = workload.PACKED_ROWS * workload.MAX_LENGTH
+        room = PACKED_ROWS * case.max_length
         data = ConversationDataModule(case.examples(), batch_tokens=room, shuffle=False)
     else:
-        data = PromptDataModule(case.prompts(), batch_size=case.batch // case.group_size, shuffle=False)
+        data = PromptDataModule(case.prompts(), batch_size=case.rows // case.group_size, shuffle=False)
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if case.network.on_gpu else "cpu",
+        precision="bf16-mixed" if case.network.on_gpu else "32-true",
         devices=1,
         max_epochs=1,
         logger=False,
@@ -174,6 +179,25 @@ def online(case: Case, gate: Gate) -> None:
     fit(case, module_of(case), WaitsAfterIterations(gate))
 
 
+def given(case: Case, gate: Gate) -> None:
+    """The same on responses that are there already: random tokens, all of full length.
+
+    Args:
+        case: What is done.
+        gate: Where to wait between iterations.
+    """
+    module: Any = module_of(case)
+
+    def decode(prompt_tokens: Tensor, prompt_mask: Tensor, *args: Any, **kwargs: Any) -> Decoded:
+        shape = (len(prompt_tokens) * case.group_size, case.max_new_tokens)
+        tokens = torch.randint(workload.UNK + 1, case.network.vocabulary, shape, device=prompt_tokens.device)
+        nothing = torch.zeros(shape, device=tokens.device)
+        return Decoded(tokens, nothing == 0, nothing, nothing[:, 0] == 0, None, None, None)
+
+    module.decode = decode
+    fit(case, module, WaitsAfterIterations(gate))
+
+
 def offline(case: Case, gate: Gate) -> None:
     """Steps of an offline module.
 
@@ -193,9 +217,11 @@ def generate(case: Case, gate: Gate) -> None:
     """
     quiet()
     module: Any = module_of(case)
-    sampling = {"max_new_tokens": workload.MAX_NEW_TOKENS, "temperature": 1.0}
+    sampling = {"max_new_tokens": case.max_new_tokens, "temperature": 1.0}
     rows: list[tuple[int, int]] = []
     module.configure_model()
+    if case.network.on_gpu:
+        module.cuda()
     decode = module.decode
 
     def watched(prompt_tokens: Tensor, prompt_mask: Tensor, *args: Any) -> Any:
@@ -224,6 +250,8 @@ RUNS = {
     "grpo_mu": online,
     "sft": offline,
     "sft_packed": offline,
+    "sft_8k": offline,
+    "grpo_16k": given,
     "reward": offline,
     "generate": generate,
 }

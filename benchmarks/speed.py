@@ -1,10 +1,14 @@
 """Seconds and memory of this library beside TRL or transformers, on the same work, in turns.
 
-Each row is one or several of ``ppo grpo grpo_mu sft sft_packed reward generate``, such as::
+Each row is one or several of ``ppo grpo grpo_mu sft sft_packed reward generate sft_8k grpo_16k``, such as::
 
     python -m benchmarks.speed ppo --size base --lengths ragged
     python -m benchmarks.speed ppo --size base --unfrozen -1 2
     python -m benchmarks.speed sft --size base --kernel onednn mkl
+    python -m benchmarks.speed generate ppo sft_8k grpo_16k --size qwen3-0.6b --compile off on
+
+The last one is for a GPU. ``sft_8k`` and ``grpo_16k`` train on texts of so many thousand tokens, the latter on
+responses that it is given, without writing them, and beside nobody.
 
 TRL is measured where ``python -m benchmarks.environments`` has put it. An iteration during which other processes used
 more than a quarter of a core is made again. What comes out is printed, and written to ``outputs/speed/`` as JSON and
@@ -28,10 +32,10 @@ from typing import Any
 
 from benchmarks import environments, workload
 from benchmarks.alternation import Entrant, Result, measure
-from benchmarks.machine import MatrixRate, best, better, matrix_rates
+from benchmarks.machine import MatrixRate, best, better, gpu_rates, matrix_rates
 from benchmarks.options import add_iterations, options_of, parser_of
 from benchmarks.tables import HEADINGS, facts_of, lines_of, publish, times_as_fast
-from benchmarks.workload import SIZES, Case
+from benchmarks.workload import LONG, SIZES, Case
 
 PEERS = {
     "ppo": "trl",
@@ -41,6 +45,8 @@ PEERS = {
     "sft_packed": "trl",
     "reward": "trl",
     "generate": "transformers",
+    "sft_8k": "trl",
+    "grpo_16k": "ours",
 }
 """The rows, and beside whom each is measured."""
 
@@ -60,30 +66,35 @@ def pythons_of(row: str, systems: Sequence[str], kernels: Sequence[str] = ("oned
         Systems, and the interpreter of each.
     """
     peer = environments.python_of(row) if PEERS[row] == "trl" else Path(sys.executable)
+    systems = ["ours"] if PEERS[row] == "ours" else systems
     wanted = systems or ["ours", PEERS[row]]
     found: dict[str, Path | None] = {}
     if "ours" in wanted:
         found = {KERNELS[kernel]: Path(sys.executable) for kernel in kernels}
-    if PEERS[row] in wanted:
+    if PEERS[row] in wanted and PEERS[row] != "ours":
         found[PEERS[row]] = peer
     return {name: python for name, python in found.items() if python is not None}
 
 
-def entrants_of(case: Case, pythons: Mapping[str, Path], unfrozen: Sequence[int]) -> list[Entrant]:
+def entrants_of(
+    case: Case, pythons: Mapping[str, Path], unfrozen: Sequence[int], compiles: Sequence[str] = ("off",)
+) -> list[Entrant]:
     """Who takes turns.
 
     Args:
         case: What is done.
         pythons: Systems, and the interpreter of each.
         unfrozen: How many of the top blocks this library trains, one after the other; -1 for all.
+        compiles: Whether it compiles what trains: ``"off"``, ``"on"`` or both.
 
     Returns:
         This library once for each of them, then the others.
     """
     return [
-        Entrant(system, python, replace(case, num_layers_unfrozen=top))
+        Entrant(system, python, replace(case, num_layers_unfrozen=top, compiles=compiled == "on"))
         for system, python in pythons.items()
         for top in (unfrozen if system in KERNELS.values() else [-1])
+        for compiled in (compiles if system in KERNELS.values() and case.row != "generate" else ["off"])
     ]
 
 
@@ -104,13 +115,17 @@ def parsed(args: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--systems", nargs="+", default=[], choices=["ours", "trl", "transformers"], help="only these")
     parser.add_argument("--kernel", nargs="+", default=["onednn"], choices=list(KERNELS), help="of our products")
+    parser.add_argument("--compile", nargs="+", default=["off"], choices=["off", "on"], help="what ours trains by")
     options = options_of(parser, args)
+    if set(options.rows) & set(LONG) and not SIZES[options.size].on_gpu:
+        parser.error(f"{' '.join(LONG)} go with a size for GPUs, as --size qwen3-0.6b")
     if options.unfrozen != [-1] and set(options.rows) & {"sft", "sft_packed", "reward", "generate"}:
         parser.error(f"--unfrozen {shlex.join(map(str, options.unfrozen))} goes with ppo, grpo and grpo_mu")
     options.name = "-".join([*options.rows, options.size, options.lengths])
     options.name += "".join(
         "-all" if top == -1 else f"-top{top}" for top in options.unfrozen if options.unfrozen != [-1]
     )
+    options.name += "-compiled" if "on" in options.compile else ""
     options.name += "" if options.kernel == ["onednn"] else f"-{'-'.join(options.kernel)}"
     return options
 
@@ -123,10 +138,11 @@ def main(args: list[str] | None = None) -> None:
     """
     options = parsed(args)
     options.output.mkdir(parents=True, exist_ok=True)
-    rates = matrix_rates(options.threads)
+    size = SIZES[options.size]
+    rates = gpu_rates() if size.on_gpu else matrix_rates(options.threads)
     done: list[list[Result]] = []
     with tempfile.TemporaryDirectory() as folder:
-        workload.save(Path(folder), SIZES[options.size], options.lengths)
+        workload.save(Path(folder), size, options.lengths)
         for row in options.rows:
             pythons = pythons_of(row, options.systems, options.kernel)
             if PEERS[row] not in pythons and PEERS[row] in (options.systems or [PEERS[row]]):
@@ -134,9 +150,9 @@ def main(args: list[str] | None = None) -> None:
             if not pythons:
                 continue
             case = Case(row, options.size, options.lengths, folder, options.threads, options.attempts + 2)
-            entrants = entrants_of(case, pythons, options.unfrozen)
+            entrants = entrants_of(case, pythons, options.unfrozen, options.compile)
             done.append(measure(entrants, options.iterations, options.attempts, options.others, options.output))
-            rates = better(rates, matrix_rates(options.threads))
+            rates = better(rates, gpu_rates() if size.on_gpu else matrix_rates(options.threads))
     if done:
         report(done, rates, options)
 

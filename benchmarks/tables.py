@@ -79,7 +79,8 @@ def trains(case: Case) -> str:
     Returns:
         Such as ``", top 2"``; empty where all train.
     """
-    return "" if case.num_layers_unfrozen == -1 else f", top {case.num_layers_unfrozen}"
+    top = "" if case.num_layers_unfrozen == -1 else f", top {case.num_layers_unfrozen}"
+    return top + (", compiled" if case.compiles else "")
 
 
 def spread(seconds: Sequence[float]) -> str:

@@ -11,12 +11,9 @@ if TYPE_CHECKING:
 WORDS = 3
 """The first token that is a word; the others are special."""
 
-PROMPT_TOKENS = (32, 64)
-EXAMPLE_TOKENS = (32, 96)
-
 
 def prompts(size: Size, count: int, seed: int = 0) -> list[str]:
-    """Prompts of 32 to 64 random words, uniform.
+    """Prompts of random words, as many as the size says, uniform.
 
     Args:
         size: Of the network.
@@ -27,25 +24,26 @@ def prompts(size: Size, count: int, seed: int = 0) -> list[str]:
         The prompts.
     """
     draw = random.Random(f"prompts {seed}")
-    return [_text(draw, size, PROMPT_TOKENS) for _ in range(count)]
+    return [_text(draw, size, size.prompt_tokens) for _ in range(count)]
 
 
-def examples(size: Size, count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Such prompts, and responses of 32 to 96 random tokens, EOS included, to imitate.
+def examples(size: Size, count: int, seed: int = 0, length: int = 0) -> list[dict[str, str]]:
+    """Such prompts, and responses of random tokens, EOS included, to imitate.
 
     Args:
         size: Of the network.
         count: How many.
         seed: The same seed gives the same examples, and a larger count goes on with them.
+        length: Tokens of prompt and response together, unless it is 0.
 
     Returns:
         Dicts of ``prompt`` and ``response``; the EOS is left for the systems to put there.
     """
     draw = random.Random(f"examples {seed}")
-    lowest, highest = EXAMPLE_TOKENS
     rows = []
     for _ in range(count):
-        prompt = _text(draw, size, PROMPT_TOKENS)
+        prompt = _text(draw, size, size.prompt_tokens)
+        lowest, highest = [length - prompt.count(" ") - 1] * 2 if length else size.example_tokens
         rows.append({"prompt": prompt, "response": _text(draw, size, (lowest - 1, highest - 1))})
     return rows
 
@@ -62,8 +60,8 @@ def pairs(size: Size, count: int, seed: int = 0) -> list[dict[str, str]]:
         Dicts of ``prompt``, ``chosen`` and ``rejected``; the EOS is left for the systems to put there.
     """
     draw = random.Random(f"pairs {seed}")
-    lowest, highest = EXAMPLE_TOKENS
-    lengths = {"prompt": PROMPT_TOKENS, "chosen": (lowest - 1, highest - 1), "rejected": (lowest - 1, highest - 1)}
+    lowest, highest = size.example_tokens
+    lengths = {"prompt": size.prompt_tokens, "chosen": (lowest - 1, highest - 1), "rejected": (lowest - 1, highest - 1)}
     return [{key: _text(draw, size, tokens) for key, tokens in lengths.items()} for _ in range(count)]
 
 

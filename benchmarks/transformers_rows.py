@@ -19,14 +19,16 @@ def generate(case: Case, gate: Gate) -> None:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(case.folder).eval()
+    on_gpu = case.network.on_gpu
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(case.folder, dtype=dtype).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(case.folder)
     prompts = case.prompts()
     for start in range(0, len(prompts), workload.BATCH):
-        batch = tokenizer(prompts[start : start + workload.BATCH], padding=True, return_tensors="pt")
+        batch = tokenizer(prompts[start : start + workload.BATCH], padding=True, return_tensors="pt").to(device)
         tokens = model.generate(
             **batch,
-            max_new_tokens=workload.MAX_NEW_TOKENS,
+            max_new_tokens=case.max_new_tokens,
             do_sample=True,
             temperature=1.0,
             top_k=0,

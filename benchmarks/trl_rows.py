@@ -61,8 +61,8 @@ def arguments(case: Case, **more: Any) -> dict[str, Any]:
     """
     return {
         "output_dir": tempfile.mkdtemp(prefix="trl"),
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": not case.network.on_gpu,
+        "bf16": case.network.on_gpu,
         "gradient_checkpointing": False,
         "learning_rate": workload.LEARNING_RATE,
         "lr_scheduler_type": "constant",
@@ -117,7 +117,7 @@ def ppo(case: Case, gate: Gate) -> None:
         num_ppo_epochs=case.epochs,
         local_rollout_forward_batch_size=workload.BATCH,
         num_sample_generations=0,
-        response_length=workload.MAX_NEW_TOKENS,
+        response_length=case.max_new_tokens,
         stop_token="eos" if case.lengths == "ragged" else None,
         temperature=1.0,
         kl_coef=workload.KL_COEF,
@@ -161,7 +161,7 @@ def grpo(case: Case, gate: Gate) -> None:
         steps_per_generation=per_epoch,
         num_iterations=case.epochs,
         num_generations=case.group_size,
-        max_completion_length=workload.MAX_NEW_TOKENS,
+        max_completion_length=case.max_new_tokens,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
@@ -202,8 +202,8 @@ def sft(case: Case, gate: Gate) -> None:
     packed = case.row == "sft_packed"
     config = SFTConfig(
         **arguments(case),
-        per_device_train_batch_size=workload.PACKED_ROWS if packed else workload.BATCH,
-        max_length=workload.MAX_LENGTH,
+        per_device_train_batch_size=workload.PACKED_ROWS if packed else case.rows,
+        max_length=case.max_length,
         packing=packed,
         # Packing puts the longest examples first; drawn at random, its steps are alike.
         train_sampling_strategy="random" if packed else "sequential",
@@ -248,7 +248,7 @@ def reward(case: Case, gate: Gate) -> None:
     config = RewardConfig(
         **arguments(case),
         per_device_train_batch_size=workload.BATCH,
-        max_length=workload.MAX_LENGTH,
+        max_length=case.max_length,
         train_sampling_strategy="sequential",
         dataset_num_proc=None,
     )
@@ -271,5 +271,5 @@ def reward(case: Case, gate: Gate) -> None:
     trainer.train()
 
 
-RUNS = {"ppo": ppo, "grpo": grpo, "grpo_mu": grpo, "sft": sft, "sft_packed": sft, "reward": reward}
+RUNS = {"ppo": ppo, "grpo": grpo, "grpo_mu": grpo, "sft": sft, "sft_packed": sft, "sft_8k": sft, "reward": reward}
 """How each row is run."""

@@ -31,7 +31,9 @@ def blocks(size: Size, rows: Rows) -> float:
     total = 0
     for prompt, response in rows:
         tokens = prompt + response - 1
-        attention = 4 * size.width * size.layers * tokens * (tokens + 1) // 2  # queries by keys, weights by values
+        attention = (
+            4 * size.attention_width * size.layers * tokens * (tokens + 1) // 2
+        )  # queries by keys, weights by values
         total += 2 * size.block_parameters * tokens + attention
     return total / 1e9
 

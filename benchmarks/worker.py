@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import torch
 
-from benchmarks.machine import peak_memory
+from benchmarks.machine import gpu_peak_memory, peak_memory, wait_for_gpu
 from benchmarks.workload import Case
 
 SYSTEMS = {
@@ -63,6 +63,7 @@ class Gate:
         def watched(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             result = function(*args, **kwargs)
+            wait_for_gpu()
             self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - started
             if look is not None:
                 look(result, *args, **kwargs)
@@ -80,13 +81,13 @@ class Gate:
         Raises:
             SystemExit: If there is to be no other.
         """
-        seconds = time.perf_counter() - self.started
+        seconds = self.since_start()
         reply = {
             "seconds": seconds,
             **self.phases,
             **more,
             "rows": rows,
-            "peak": peak_memory(),
+            "peak": gpu_peak_memory() or peak_memory(),
             "versions": _versions(),
         }
         self.replies.write(json.dumps(reply) + "\n")
@@ -98,6 +99,7 @@ class Gate:
 
     def since_start(self) -> float:
         """Seconds of the present iteration so far."""
+        wait_for_gpu()
         return time.perf_counter() - self.started
 
 

@@ -1,4 +1,4 @@
-"""The work that every system is given: networks of two sizes with random weights, prompts, texts and a toy reward.
+"""The work that every system is given: networks of some sizes with random weights, prompts, texts and a toy reward.
 
 It knows torch and transformers only, since it runs in every system's own environment.
 """
@@ -17,23 +17,20 @@ from benchmarks import texts
 from benchmarks.texts import WORDS
 
 if TYPE_CHECKING:
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 PAD, EOS, UNK = 0, 1, 2
 BATCH = 32
 """Responses of an online iteration; examples of an offline step."""
 
-MAX_NEW_TOKENS = 64
-"""Where a response is cut off."""
+LONG = {"sft_8k": (2, 8192), "grpo_16k": (4, 16384)}
+"""Rows of the table whose texts are long: how many of them there are, and how many tokens each has."""
 
 MEAN_LENGTH = 24
 """One in so many tokens is EOS where lengths are ragged."""
 
-MAX_LENGTH = 192
-"""No example is longer than this many tokens."""
-
 PACKED_ROWS = 16
-"""Rows of ``MAX_LENGTH`` tokens that a packed step has room for."""
+"""Rows of ``max_length`` tokens that a packed step has room for."""
 
 LEARNING_RATE = 1e-6
 KL_COEF = 0.05
@@ -44,27 +41,61 @@ Lengths = Literal["ragged", "full"]
 
 @dataclass(frozen=True)
 class Size:
-    """How large the network is.
+    """How large the network is, and what goes with it.
 
     Args:
         width: Of its states.
         layers: How many blocks.
         heads: Of attention.
         vocabulary: Tokens, special ones included.
+        inner: Width of a gated perceptron, as Qwen3 has it; 0 for a GPT-2.
+        key_heads: Heads of keys and values, of a Qwen3.
+        head_width: Of its heads.
+        max_new_tokens: Where a response is cut off.
+        prompt_tokens: Fewest and most tokens of a prompt.
+        example_tokens: Of a response that is imitated.
+        on_gpu: Whether all systems run on one, multiplying in bfloat16 with weights in single precision.
     """
 
     width: int
     layers: int
     heads: int
     vocabulary: int
+    inner: int = 0
+    key_heads: int = 0
+    head_width: int = 0
+    max_new_tokens: int = 64
+    prompt_tokens: tuple[int, int] = (32, 64)
+    example_tokens: tuple[int, int] = (32, 96)
+    on_gpu: bool = False
+
+    @property
+    def attention_width(self) -> int:
+        """Of what all heads of a block read."""
+        return self.heads * self.head_width or self.width
 
     @property
     def block_parameters(self) -> int:
-        """Weights of all blocks' matrices: 4 of width x width for attention, twice 4 for the perceptron."""
-        return self.layers * 12 * self.width**2
+        """Weights of all blocks' matrices.
+
+        Of a GPT-2: 4 of width x width for attention, twice 4 for the perceptron.
+        """
+        if not self.inner:
+            return self.layers * 12 * self.width**2
+        attention = 2 * self.attention_width + 2 * self.key_heads * self.head_width
+        return self.layers * self.width * (attention + 3 * self.inner)
+
+    @property
+    def max_length(self) -> int:
+        """No example is longer than this many tokens."""
+        return 32 + self.prompt_tokens[1] + self.example_tokens[1]
 
 
-SIZES = {"small": Size(256, 4, 4, 8192), "base": Size(512, 8, 8, 50257)}
+SIZES = {
+    "small": Size(256, 4, 4, 8192),
+    "base": Size(512, 8, 8, 50257),
+    "qwen3-0.6b": Size(1024, 28, 16, 151936, 3072, 8, 128, 256, (128, 256), (128, 384), on_gpu=True),
+}
 
 
 @dataclass(frozen=True)
@@ -72,8 +103,8 @@ class Case:
     """One row of the table, as every system is told it.
 
     Args:
-        row: What is done: ``"ppo"``, ``"grpo"``, ``"grpo_mu"``, ``"sft"``, ``"sft_packed"``, ``"reward"`` or
-            ``"generate"``.
+        row: What is done: ``"ppo"``, ``"grpo"``, ``"grpo_mu"``, ``"sft"``, ``"sft_packed"``, ``"reward"``,
+            ``"generate"``, or a key of :data:`LONG`.
         size: A key of :data:`SIZES`.
         lengths: Of responses.
         folder: With the network and the tokenizer to begin from.
@@ -84,6 +115,7 @@ class Case:
         micro_batch_size: Where it is not 0, an epoch of this library is one optimizer step on the whole batch, of so
             many responses at a time.
         micro_batch_tokens: Likewise, of so many tokens at a time.
+        compiles: Whether this library compiles the passes that train.
     """
 
     row: str
@@ -96,6 +128,7 @@ class Case:
     batch: int = BATCH
     micro_batch_size: int = 0
     micro_batch_tokens: int = 0
+    compiles: bool = False
 
     @property
     def network(self) -> Size:
@@ -105,7 +138,24 @@ class Case:
     @property
     def group_size(self) -> int:
         """Responses to a prompt."""
+        if self.row in LONG:
+            return LONG[self.row][0] if self.row.startswith("grpo") else 1
         return GROUP_SIZE if self.row.startswith("grpo") else 1
+
+    @property
+    def rows(self) -> int:
+        """Responses of an iteration, or examples of a step."""
+        return LONG[self.row][0] if self.row in LONG else self.batch
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Where a response is cut off."""
+        return LONG[self.row][1] - self.network.prompt_tokens[1] if self.row in LONG else self.network.max_new_tokens
+
+    @property
+    def max_length(self) -> int:
+        """No example is longer than this many tokens."""
+        return LONG[self.row][1] if self.row in LONG else self.network.max_length
 
     @property
     def epochs(self) -> int:
@@ -116,23 +166,23 @@ class Case:
     def minibatch_size(self) -> int:
         """Responses of an optimizer step."""
         in_pieces = self.micro_batch_size or self.micro_batch_tokens
-        return 8 if self.row in ("ppo", "grpo_mu") and not in_pieces else self.batch
+        return 8 if self.row in ("ppo", "grpo_mu") and not in_pieces else self.rows
 
     def prompts(self) -> list[str]:
         """Prompts of all iterations."""
-        return texts.prompts(self.network, self.iterations * self.batch // self.group_size)
+        return texts.prompts(self.network, self.iterations * self.rows // self.group_size)
 
     def examples(self) -> list[dict[str, str]]:
         """Examples of all steps."""
-        return texts.examples(self.network, self.iterations * BATCH)
+        return texts.examples(self.network, self.iterations * self.rows, length=LONG.get(self.row, (0, 0))[1])
 
     def pairs(self) -> list[dict[str, str]]:
         """Comparisons of all steps."""
         return texts.pairs(self.network, self.iterations * BATCH)
 
 
-def config(size: Size) -> GPT2Config:
-    """A GPT-2 without dropout, 512 positions, the head tied to the embedding.
+def config(size: Size) -> PretrainedConfig:
+    """A GPT-2 without dropout, 512 positions, the head tied to the embedding; or a Qwen3.
 
     Args:
         size: Of the network.
@@ -140,8 +190,23 @@ def config(size: Size) -> GPT2Config:
     Returns:
         Its config.
     """
-    from transformers import GPT2Config
+    from transformers import GPT2Config, Qwen3Config
 
+    if size.inner:
+        qwen = Qwen3Config(
+            vocab_size=size.vocabulary,
+            hidden_size=size.width,
+            intermediate_size=size.inner,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.key_heads,
+            head_dim=size.head_width,
+            max_position_embeddings=40960,
+            tie_word_embeddings=True,
+        )
+        qwen.bos_token_id = qwen.eos_token_id = EOS
+        qwen.pad_token_id = PAD
+        return qwen
     return GPT2Config(
         vocab_size=size.vocabulary,
         n_embd=size.width,
@@ -157,11 +222,12 @@ def config(size: Size) -> GPT2Config:
     )
 
 
-def network(size: Size, lengths: Lengths, seed: int = 0) -> GPT2LMHeadModel:
+def network(size: Size, lengths: Lengths, seed: int = 0) -> PreTrainedModel:
     """Random weights, and an EOS that does not depend on the text.
 
     One coordinate behind the last norm is a constant 8, which the head's row of EOS reads, and nothing else reads or
-    writes: EOS has one probability in all contexts, 1/24 where lengths are ragged and none where they are full.
+    writes: EOS has one probability in all contexts, 1/24 where lengths are ragged and none where they are full. A
+    Qwen3's EOS is a token like the others, of which there are so many that it hardly ever comes.
 
     Args:
         size: Of the network.
@@ -170,9 +236,18 @@ def network(size: Size, lengths: Lengths, seed: int = 0) -> GPT2LMHeadModel:
 
     Returns:
         The network.
-    """
-    from transformers import GPT2LMHeadModel
 
+    Raises:
+        ValueError: If a Qwen3 is to end.
+    """
+    from transformers import GPT2LMHeadModel, Qwen3ForCausalLM
+
+    if size.inner:
+        if lengths == "ragged":
+            raise ValueError("`lengths='ragged'` is for GPT-2's sizes: a Qwen3 has no EOS of known probability.")
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return Qwen3ForCausalLM(config(size)).eval()
     constant = 8.0
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)

@@ -144,7 +144,7 @@ class _Packing(NamedTuple):
 
     queries: Tensor  # (segments + 1,) of 32-bit integers: where each begins
     keys: Tensor  # likewise, of the keys that each looks at
-    index: Tensor | None  # (keys,), which keys these are; None where they are those of the line, in order
+    looked_at: Tensor | None  # (keys,), which keys these are; None where they are those of the line, in order
     longest_query: int
     longest_key: int
 
@@ -165,7 +165,8 @@ def _packing(segments: tuple[tuple[int, int], ...], device: torch.device) -> _Pa
     if any(len(span) > 1 for span in spans):
         index = torch.cat([torch.arange(start, start + length) for span in spans for start, length in span]).to(device)
     longest = max(span[-1][1] for span in spans), max(sum(length for _, length in span) for span in spans)
-    return _Packing(*(cumulated.to(device, torch.int32) for cumulated in (queries, keys)), index, *longest)
+    begins = [cumulated.to(device, torch.int32) for cumulated in (queries, keys)]
+    return _Packing(begins[0], begins[1], index, *longest)
 
 
 def _packed(
@@ -183,11 +184,11 @@ def _packed(
     packing = _packing(tuple((length, prefix) for length, prefix in segments), query.device)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
-    if packing.index is not None:
-        k, v = k.index_select(0, packing.index), v.index_select(0, packing.index)
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _is_asked_for_groups() else {}
+    if packing.looked_at is not None:
+        k, v = k.index_select(0, packing.looked_at), v.index_select(0, packing.looked_at)
+    grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _is_asked_for_groups() else {}
     back = -1 if sliding_window is None else sliding_window - 1
-    attended: Tensor = varlen_attn(
+    attended = varlen_attn(
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
@@ -199,6 +200,7 @@ def _packed(
         window_size=(back, 0),
         **grouped,
     )
+    assert isinstance(attended, Tensor)  # nothing beside it was asked for
     return attended[None]
 
 

@@ -154,6 +154,7 @@ class EncoderDecoder(Decoder):
         cache: Encoded | None = None,
         use_cache: bool = False,
         trunk: Float[Tensor, "batch joined trunk"] | None = None,
+        positions: Int[Tensor, "batch new"] | None = None,
     ) -> DecoderOutput:
         """Lets the decoder read tokens, after those in the cache.
 
@@ -164,6 +165,7 @@ class EncoderDecoder(Decoder):
             cache: From :meth:`begin` or an earlier call. Without one, the first tokens are the prompt too.
             use_cache: Whether the output should hold a cache.
             trunk: What an earlier call returned for these tokens and prompts; encoder and frozen blocks are not run.
+            positions: As there.
 
         Returns:
             Logits, states, cache, and the trunk if it can be kept.
@@ -172,7 +174,8 @@ class EncoderDecoder(Decoder):
         if cache is None:
             first = mask[:, :TRIED]
             cache = self.encoded(tokens[:, :TRIED], first) if trunk is None else _kept(trunk[:, :-width], first)
-        output = super().forward(tokens, mask, keep, cache, use_cache, None if trunk is None else trunk[:, -width:])
+        kept = None if trunk is None else trunk[:, -width:]
+        output = super().forward(tokens, mask, keep, cache, use_cache, kept, positions)
         if output.trunk is not None and cache.past is None:
             output.trunk = torch.cat([aligned(cache.states, cache.mask, "left"), output.trunk], dim=1)
         # Without a past, what was made of the prompts is needed all the same.

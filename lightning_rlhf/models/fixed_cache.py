@@ -113,7 +113,8 @@ class FixedCache:
         self.columns = columns
         self.at = torch.zeros(1, dtype=torch.long, device=device)
         self.tokens, self.positions = (torch.zeros(batch, 1, dtype=torch.long, device=device) for _ in range(2))
-        self.yes, self.no = (True, False) if added is None else (0.0, torch.finfo(added).min)
+        self.yes: bool | float = True if added is None else 0.0
+        self.no: bool | float = False if added is None else torch.finfo(added).min
         self.seen = torch.full((batch, 1, 1, columns), self.no, dtype=added or torch.bool, device=device)
         self.layers = [FixedLayer(layer, self.at, columns) for layer in cache.layers]
         self.cache = copy.copy(cache)

@@ -17,8 +17,8 @@ def lengths_written(lengths: workload.Lengths, rows: int) -> torch.Tensor:
     module = SFTModule(workload.network(SMALL, lengths), tokenizer=workload.tokenizer(SMALL))
     module.configure_model()
     tokens, mask = padded(module.tokenizer(texts.prompts(SMALL, rows))["input_ids"], PAD, "left")
-    uniforms = row_uniforms(0, "test", (), range(rows), workload.MAX_NEW_TOKENS)
-    sampling = module.sampling.but({"max_new_tokens": workload.MAX_NEW_TOKENS})
+    uniforms = row_uniforms(0, "test", (), range(rows), SMALL.max_new_tokens)
+    sampling = module.sampling.but({"max_new_tokens": SMALL.max_new_tokens})
     return module.decode(tokens, mask, uniforms, sampling).mask.sum(1)
 
 
@@ -49,8 +49,8 @@ def test_full_responses_are_all_cut_off():
 def test_the_networks_are_as_large_as_they_are_said_to_be():
     blocks = {name: round(size.block_parameters / 1e6, 1) for name, size in SIZES.items()}
     heads = {name: round(size.width * size.vocabulary / 1e6, 1) for name, size in SIZES.items()}
-    assert blocks == {"small": 3.1, "base": 25.2}
-    assert heads == {"small": 2.1, "base": 25.7}
+    assert blocks == {"small": 3.1, "base": 25.2, "qwen3-0.6b": 440.4}
+    assert heads == {"small": 2.1, "base": 25.7, "qwen3-0.6b": 155.6}
     matrices = [p for p in workload.network(SMALL, "full").transformer.h.parameters() if p.dim() == 2]
     assert sum(p.numel() for p in matrices) == SMALL.block_parameters
 

@@ -30,7 +30,7 @@ def test_a_head_on_paper_takes_what_the_head_takes(learns, dtype, monkeypatch):
     def said(states, weight):
         return head_logprobs(states, weight, None, torch.zeros(TOKENS, dtype=torch.long))
 
-    paper = peak(lambda states, weight, live: HeadOnPaper.apply(states, weight, None, live))
+    paper = peak(lambda states, weight, live: HeadOnPaper.apply(states, weight, None, live, False))
     assert paper == pytest.approx(
         peak(lambda states, weight, _: torch.stack(said(states, weight))), rel=0.05
     )  # a few numbers per token are not counted
