@@ -1,9 +1,10 @@
-"""Activations that take one operator instead of eight, where they are the same function."""
+"""Activations and norms that take one operator instead of several, where they are the same function."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 
 def fuse_activations(model: nn.Module) -> None:
@@ -24,3 +25,69 @@ def fuse_activations(model: nn.Module) -> None:
                 values = module(numbers)
                 if values.shape == expected.shape and torch.allclose(values, expected, rtol=0.0, atol=1e-9):
                     setattr(parent, name, fused)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm: one operator on a GPU, and elsewhere what transformers writes out in six.
+
+    Args:
+        weight: (width,).
+        eps: Added to the mean square.
+    """
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Returns states of the root mean square 1, times the weight.
+
+        Args:
+            states: (..., width).
+        """
+        if states.is_cuda:
+            dtype = torch.promote_types(states.dtype, self.weight.dtype)
+            return nn.functional.rms_norm(states.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
+        wide = states.to(torch.float32)
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(states.dtype)
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """Puts :class:`RMSNorm` in the place of norms that say the same, to the last bit where there is no GPU.
+
+    Which they are is tried on numbers, not looked up by name. Written out (LLaMA, Qwen3, Mistral, T5 ...), they take
+    six passes over the states and keep several copies of them for the gradient.
+
+    Args:
+        model: Changed in place; its weights keep their names.
+    """
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+            weights = dict(module.named_parameters())
+            weight = weights.get("weight")
+            is_alone = weight is not None and len(weights) == 1 and not list(module.buffers())
+            if not is_alone or not isinstance(eps, float) or list(module.children()):
+                continue
+            if type(weight) is nn.Parameter and weight.dim() == 1 and not weight.is_meta and _is_rms(module, eps):
+                fused = RMSNorm(weight, eps)
+                fused.training = module.training
+                setattr(parent, name, fused)
+
+
+@torch.no_grad()
+def _is_rms(module: nn.Module, eps: float) -> bool:
+    """Whether it says what :class:`RMSNorm` says of numbers and a weight that are not its own."""
+    draw = torch.Generator().manual_seed(0)
+    width = module.get_parameter("weight").shape[0]
+    for dtype in (torch.float32, torch.bfloat16):
+        states, weight = (torch.randn(*shape, width, generator=draw).to(dtype) for shape in ((3, 5), ()))
+        try:
+            found = functional_call(module, {"weight": weight}, (states,))
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            return False
+        if not (isinstance(found, Tensor) and torch.equal(found, RMSNorm(nn.Parameter(weight), eps)(states))):
+            return False
+    return True

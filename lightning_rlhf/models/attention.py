@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,6 +59,22 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+
+
+def attention_kernels(device: torch.device) -> AbstractContextManager[Any]:
+    """Those of torch that may be asked: not cuDNN's, which on an H200 took seconds to be ready for every new length.
+
+    Args:
+        device: On which attention runs.
+
+    Returns:
+        A context in which others are not asked.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

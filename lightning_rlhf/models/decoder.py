@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_rlhf.functional.head import head_logprobs
 from lightning_rlhf.functional.logprobs import response_logprobs
 from lightning_rlhf.models.adapters import Adapters
-from lightning_rlhf.models.attention import packs
+from lightning_rlhf.models.attention import attention_kernels, packs
 from lightning_rlhf.models.blocks import Blocks, find_blocks, hooked, instead
 from lightning_rlhf.models.outputs import DecoderOutput, Said, same_logits
 from lightning_rlhf.models.reading import (
@@ -186,14 +186,12 @@ class Decoder(nn.Module):
             row.
         """
         device = batch.prompt_tokens.device
-        if not (self.unpads and bool(batch.prompt_mask[:, -1].all())):
-            return None
         drops = self.training and not self.shares
-        if device.type != "cpu" and (drops or not (self.packs and packs(device, self.model.dtype))):
+        is_possible = device.type == "cpu" or (self.packs and not drops and packs(device, self.model.dtype))
+        if not (self.unpads and is_possible and bool(batch.prompt_mask[:, -1].all())):
             return None
         first = first_with_prompt(batch, self.shares)
-        is_in_line = device.type != "cpu" or not self.pads or pays(batch, first, self.block_size)
-        return first if is_in_line else None
+        return first if device.type != "cpu" or not self.pads or pays(batch, first, self.block_size) else None
 
     def reading(self, batch: Responses, trunk: Float[Tensor, "batch joined width"] | None) -> Reading:
         """What is to be read in order to learn how likely responses were.
@@ -271,10 +269,9 @@ class Decoder(nn.Module):
     ) -> Any:
         arguments = {"use_cache": False, **self._arguments(tokens, mask, positions), "logits_to_keep": keep, **more}
         arguments = {name: value for name, value in arguments.items() if name in self.accepted}
-        if self.trunk is not None and trunk is not None:
-            with self.trunk.replaced(self.model, trunk):
-                return self.model(**arguments)
-        return self.model(**arguments)
+        given = None if self.trunk is None or trunk is None else self.trunk.replaced(self.model, trunk)
+        with attention_kernels(tokens.device), given or nullcontext():
+            return self.model(**arguments)
 
     def _arguments(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
         return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}

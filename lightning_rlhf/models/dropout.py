@@ -33,6 +33,21 @@ def disable_dropout(model: nn.Module) -> DropoutValues:
     return values
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Whether some probability is more than 0.
+
+    Args:
+        model: Left as it is.
+
+    Returns:
+        The answer.
+    """
+    values = disable_dropout(model)
+    for owner, name, value in values:
+        setattr(owner, name, value)
+    return bool(values)
+
+
 @contextmanager
 def original_dropout(values: DropoutValues) -> Iterator[None]:
     """Puts the original probabilities back for a while, as when the model is saved.

@@ -17,10 +17,10 @@ from lightning_rlhf.chance import run_seed
 from lightning_rlhf.data.base import RLHFDataModule
 from lightning_rlhf.data.settled import count_logged, go_on_with_a_new_epoch
 from lightning_rlhf.generation.sampling import Sampling, SamplingChanges
-from lightning_rlhf.models.activations import fuse_activations
+from lightning_rlhf.models.activations import fuse_activations, fuse_norms
 from lightning_rlhf.models.critics import Critic
 from lightning_rlhf.models.decoder import Decoder
-from lightning_rlhf.models.dropout import disable_dropout
+from lightning_rlhf.models.dropout import disable_dropout, has_dropout
 from lightning_rlhf.models.encoder_decoder import decoder_of
 from lightning_rlhf.models.freezing import freeze
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, load_tokenizer
@@ -173,12 +173,13 @@ class RLHFModule(BuiltModule):
         if spec.gradient_checkpointing:
             recompute_activations(model)
         fuse_activations(model)
+        fuse_norms(model)
         speed_up_linears(model)
         if self.disable_dropout:
             self._dropout += disable_dropout(model)
         decoder = self.seen(model)
         decoder.adapters = adapters
-        decoder.shares = self.disable_dropout
+        decoder.shares = self.disable_dropout or not has_dropout(model)
         return decoder
 
     def load_network(self, spec: ModelSpec) -> Any:

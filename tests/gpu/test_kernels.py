@@ -20,6 +20,7 @@ from lightning_rlhf.generation.decode import DecodeLoop
 from lightning_rlhf.generation.sampling import Sampling
 from lightning_rlhf.generation.steps import TRIED, Recorder
 from lightning_rlhf.models import attention
+from lightning_rlhf.models.activations import RMSNorm
 from lightning_rlhf.models.encoder_decoder import decoder_of
 from lightning_rlhf.models.freezing import freeze
 from lightning_rlhf.models.heads import ValueHead
@@ -193,3 +194,20 @@ def test_the_heads_tiles_say_what_logits_say(dtype: torch.dtype, tile: int, monk
 def test_copies_of_rows_go_where_their_batch_is() -> None:
     batch = batch_of()
     assert replace(batch).select(torch.tensor([1, 2])).response_tokens.is_cuda
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_by_one_operator_is_the_norm(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(64))
+    states = torch.randn(5, 7, 64)
+    exact = RMSNorm(weight, 1e-6)(states)
+    (exact.sin().sum()).backward()
+    expected, weight.grad = weight.grad, None
+    norm = RMSNorm(torch.nn.Parameter(weight.detach().cuda()), 1e-6)
+    found = norm(states.cuda().to(dtype))
+    assert found.dtype == torch.float32, "the wider of the two, as transformers has it"
+    found.sin().sum().backward()
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    assert_close(found.cpu(), exact, **close)
+    assert_close(norm.weight.grad.cpu(), expected, **(close if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}))
