@@ -24,9 +24,9 @@ from typing import Any
 from benchmarks.alternation import ROOT
 from benchmarks.speed import PEERS
 from benchmarks.tables import markdown_table
-from benchmarks.workload import SIZES
+from benchmarks.workload import SIZES, Size
 
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/performance_gpu.md")
 
 SUMMARY = "speed/summary"
 
@@ -81,7 +81,7 @@ def filled(page: Path, outputs: Path) -> list[str]:
 
 
 def summary(folder: Path) -> str | None:
-    """One short line for every row that was measured beside somebody else, and the commands.
+    """One short line for every row that was measured on a CPU beside somebody else, and the commands.
 
     Args:
         folder: With what :mod:`benchmarks.speed` wrote.
@@ -92,7 +92,7 @@ def summary(folder: Path) -> str | None:
     lines: list[list[str]] = []
     commands: list[str] = []
     everything = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    for measured in sorted(everything, key=_place):
+    for measured in sorted((one for one in everything if not _size(one).on_gpu), key=_place):
         by_row: dict[str, list[dict[str, Any]]] = {}
         for result in measured["results"]:
             by_row.setdefault(result["case"]["row"], []).append(result)
@@ -109,6 +109,11 @@ def summary(folder: Path) -> str | None:
         return None
     made = "By " + ", ".join(commands) + "; medians, each system in turn on the same work."
     return markdown_table([HEADINGS, *lines], [made])
+
+
+def _size(measured: dict[str, Any]) -> Size:
+    """Of the network that a command measured."""
+    return SIZES[measured["results"][0]["case"]["size"]]
 
 
 def _place(measured: dict[str, Any]) -> tuple[int, bool, int]:

@@ -18,8 +18,8 @@ FEWEST = 16
 """Tokens of a response from which recording a step pays."""
 TRIED = 2
 """Steps that are made in both ways before the recorded one is trusted."""
-KEPT_SHARE = 1 / 16
-"""Share of a GPU's memory up to which keys and values, and what was recorded on them, stay there between batches."""
+KEPT_BYTES = 2**32
+"""Bytes of keys and values up to which they stay on a GPU between batches, and what was recorded on them."""
 
 
 class Text(Protocol):
@@ -196,10 +196,8 @@ class Recorder:
 
     def rest(self) -> None:
         """Frees between batches what takes much memory."""
-        if self.fixed is not None and self.fixed.at.is_cuda:
-            total = torch.cuda.get_device_properties(self.fixed.at.device).total_memory
-            if self.fixed.nbytes > KEPT_SHARE * total:
-                self.forget()
+        if self.fixed is not None and self.fixed.nbytes > KEPT_BYTES:
+            self.forget()
 
     def step(self, policy: Policy, rows: int) -> NextToken:
         """What the policy says, once the cache has advanced.
