@@ -98,6 +98,7 @@ class RecordedSteps(Steps):
         self.recorder = recorder
         self.rows = len(text.mask)
         recorder.fixed.fill(cache, text.mask)
+        self._let_go()
 
     def read(self, text: Text) -> NextToken:
         """As there; at first in both ways, until it is known that they say the same."""
@@ -109,12 +110,15 @@ class RecordedSteps(Steps):
         said = super().read(text)
         if not recorder.is_refused:
             recorder.try_on(self.policy, self.rows, said)
-        if recorder.trials >= TRIED:
-            self.cache = None  # nobody reads it any more
+        self._let_go()
         return said
 
+    def _let_go(self) -> None:
+        if self.recorder.trials >= TRIED and not self.recorder.is_refused:
+            self.cache = None  # nobody reads it any more
+
     def staying(self, alive: Bool[Tensor, " rows"], remaining: int) -> Int[Tensor, " staying"] | None:
-        """Those that have not ended, and some that have, so that they are half as many or a quarter."""
+        """Those that have not ended and some that have, half as many or a quarter."""
         if self.recorder.is_refused:
             return super().staying(alive, remaining)
         count = len(alive)
@@ -147,8 +151,6 @@ class Recorder:
         is_refused: Whether steps cannot be recorded.
     """
 
-    fixed: Any
-
     def __init__(self, records: bool = True) -> None:
         self.records = records
         self.trials = 0
@@ -164,7 +166,7 @@ class Recorder:
 
     def forget(self) -> None:
         """Frees what it holds."""
-        self.fixed = None
+        self.fixed: Any = None
         self._graphs: dict[tuple[int, int], tuple[Any, NextToken]] = {}
         self._recorded_on: tuple[Any, ...] = ()
 
@@ -190,7 +192,8 @@ class Recorder:
             self.forget()
             model = policy.decoder.model
             added = model.dtype if model.config._attn_implementation == "eager" else None
-            self.fixed = FixedCache(cache, text.mask, columns, added)
+            with torch.inference_mode(False):  # or what validation makes could not be written to in training
+                self.fixed = FixedCache(cache, text.mask, columns, added)
             self._recorded_on = recorded_on
         return RecordedSteps(policy, cache, text, self)
 
@@ -240,14 +243,15 @@ class Recorder:
             )
 
     def _suits(self, policy: Policy, cache: Any) -> bool:
+        decoder = policy.decoder
+        if self.records and not next(decoder.parameters()).is_cuda:
+            return False
         from torch.distributed.fsdp import FSDPModule
 
         from lightning_rlhf.models.fixed_cache import FixedCache
 
-        decoder = policy.decoder
-        is_there = next(decoder.parameters()).is_cuda or not self.records
         is_whole = not any(isinstance(module, FSDPModule) for module in policy.modules())
-        return is_there and is_whole and not decoder.has_encoder and decoder.caches and FixedCache.can_hold(cache)
+        return is_whole and not decoder.has_encoder and decoder.caches and FixedCache.can_hold(cache)
 
     def _read(self, policy: Policy, rows: int, columns: int) -> NextToken:
         fixed = self.fixed

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_rlhf.models.attention import attention_kernels
 from lightning_rlhf.models.blocks import find_stacks
 from lightning_rlhf.models.headed import HeadedModel
 from lightning_rlhf.models.loading import ModelSpec, check_folder
@@ -239,7 +240,8 @@ class Classifier:
         }
         mask = (torch.arange(width) < lengths[:, None]).long().to(self.device)
         # The precision of what trains does not reach into a frozen model of its own type.
-        with torch.autocast(self.device.type, enabled=False), _padding(self.config, pad):
+        alone = torch.autocast(self.device.type, enabled=False)
+        with alone, _padding(self.config, pad), attention_kernels(torch.device(self.device)):
             return self.model(**tokens, attention_mask=mask, **self._more).logits.float().cpu()
 
     def _probe(self) -> tuple[int, bool, bool]:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lightning_rlhf.batches import ResponseBatch
+from lightning_rlhf.models.attention import attention_kernels
 from lightning_rlhf.models.blocks import find_blocks
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.encoded import Encoded
@@ -144,7 +145,8 @@ class EncoderDecoder(Decoder):
         Returns:
             (prompts, prompt, width).
         """
-        return self.model.get_encoder()(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        with attention_kernels(tokens.device):
+            return self.model.get_encoder()(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
 
     def forward(
         self,

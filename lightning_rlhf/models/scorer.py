@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lightning_rlhf.batches import PreferenceBatch, ResponseBatch
-from lightning_rlhf.models.attention import install, noticing, uninstall
+from lightning_rlhf.models.attention import attention_kernels, install, noticing, uninstall
 from lightning_rlhf.models.blocks import find_blocks, hooked
 from lightning_rlhf.models.decoder import Decoder
 from lightning_rlhf.models.outputs import same_logits
@@ -148,14 +148,16 @@ class Scorer(Decoder):
                 [self.whole(row[:, :n], torch.ones_like(row[:, :n], dtype=torch.bool)) for row, n in pairs]
             )
         tokens = torch.where(mask, tokens, self.pad)
-        return self.model(input_ids=tokens, attention_mask=mask.long(), **self._more).logits[:, 0]
+        with attention_kernels(tokens.device):
+            return self.model(input_ids=tokens, attention_mask=mask.long(), **self._more).logits[:, 0]
 
     def _states(self, tokens: Tensor, mask: Tensor, positions: Tensor | None) -> Tensor:
         arguments = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
         if positions is not None:
             arguments["position_ids"] = positions
         arguments = {name: value for name, value in arguments.items() if name in self.accepted}
-        return self.model.base_model(**arguments).last_hidden_state
+        with attention_kernels(tokens.device):
+            return self.model.base_model(**arguments).last_hidden_state
 
     @staticmethod
     def _joined(rows: ResponseBatch) -> tuple[Tensor, Tensor]:

@@ -152,3 +152,36 @@ def test_a_recorder_is_copied_and_pickled_without_what_it_recorded() -> None:
 )
 def test_levels_lie_half_as_far_apart_as_powers_of_two(columns: int, expected: int) -> None:
     assert level(columns) == expected
+
+
+def test_what_validation_began_training_goes_on_with() -> None:
+    policy, recorder = policy_of("llama"), Recorder(records=False)
+    expected = decoded(policy, LONG, PROMPTS, with_final_values=True)
+    with torch.inference_mode():  # as Lightning validates
+        same(decoded(policy, LONG, PROMPTS, with_final_values=True, recorder=recorder), expected)
+    before = recorder.fixed
+    same(decoded(policy, LONG, PROMPTS, with_final_values=True, recorder=recorder), expected)
+    assert recorder.fixed is before
+
+
+def test_the_cache_that_grows_is_let_go_once_steps_are_trusted() -> None:
+    policy, recorder = policy_of("llama"), Recorder(records=False)
+    made: list[steps.Steps] = []
+    begin = recorder.steps
+    recorder.steps = lambda *args: made.append(begin(*args)) or made[-1]  # type: ignore[method-assign]
+    for _ in range(2):
+        decoded(policy, LONG, PROMPTS, recorder=recorder)
+        assert made[-1].cache is None
+
+
+def test_large_caches_are_freed_between_batches(monkeypatch) -> None:
+    policy, recorder = policy_of("llama"), Recorder(records=False)
+    decoded(policy, LONG, PROMPTS, recorder=recorder)
+    monkeypatch.setattr(steps, "KEPT_BYTES", recorder.fixed.nbytes)
+    recorder.rest()
+    assert recorder.fixed is not None
+    monkeypatch.setattr(steps, "KEPT_BYTES", recorder.fixed.nbytes - 1)
+    recorder.rest()
+    assert recorder.fixed is None
+    assert decoded(policy, LONG, PROMPTS, recorder=recorder).tokens.shape[1] > steps.FEWEST
+    assert recorder.fixed is not None

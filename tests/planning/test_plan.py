@@ -11,9 +11,11 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2ForSeque
 
 from lightning_rlhf import GRPOModule, ModelSpec, PPOModule, RewardModel, RewardModule
 from lightning_rlhf.batches import ImitationBatch
+from lightning_rlhf.generation import steps
 from lightning_rlhf.generation.sampling import draw
 from lightning_rlhf.models.adapters import VALUE as VALUE_ADAPTER
 from lightning_rlhf.modules.optimization import make_optimizer
+from lightning_rlhf.planning import plan as planning
 from lightning_rlhf.planning.gathering import exchanged, while_writing
 from lightning_rlhf.planning.live import Live
 from lightning_rlhf.planning.networks import Networks
@@ -457,6 +459,25 @@ def test_phases_hold_what_is_there_in_them():
     assert trained <= plan.bytes[BACKWARD][GRADIENTS] < 2 * trained
     module.trunk_gib = 0.0
     assert Plan.of(module, ONE, SIZES).bytes[GENERATE][TRUNK] == 0
+
+
+def test_on_a_gpu_the_cache_that_steps_are_recorded_on_stays(monkeypatch):
+    def held(placement, policy=None, **sampling):
+        sampling = {"max_new_tokens": steps.FEWEST, **sampling}
+        return Plan.of(module_of(PPOModule, policy, sampling=sampling, optimizer=None), placement, SIZES).bytes
+
+    phases = held(Placement())
+    assert phases[GENERATE][CACHE] == phases[SCORE][CACHE] == phases[BACKWARD][CACHE] == phases[STEP][CACHE] > 0
+    for others in (
+        held(ONE),
+        held(Placement(4, "sharded")),
+        held(Placement(), max_new_tokens=steps.FEWEST - 1),
+        held(Placement(), ENCODER_DECODERS["t5"]()),
+    ):
+        assert others[GENERATE][CACHE] > 0
+        assert others[SCORE][CACHE] == others[STEP][CACHE] == 0
+    monkeypatch.setattr(planning, "KEPT_BYTES", phases[GENERATE][CACHE] - 1)
+    assert held(Placement())[STEP][CACHE] == 0
 
 
 def test_an_offline_module_only_learns():
