@@ -58,7 +58,10 @@ class RewardJudge(Judge):
         self.name = name or self.model.name
 
     def answers(self, comparisons: Sequence[Comparison]) -> Iterator[Answer]:
-        """Scores all responses at once, but for those to strings and to chat messages, which no batch may mix."""
+        """Scores all responses at once, but for those to strings and to chat messages, which no batch may mix.
+
+        A task with a score that is no number is skipped, and its scores are in the comment.
+        """
         scores: list[list[float]] = [[] for _ in comparisons]
         for kind in (False, True):
             numbers = [number for number, (prompt, _) in enumerate(comparisons) if is_chat(prompt) is kind]
@@ -66,13 +69,14 @@ class RewardJudge(Judge):
             if not rows:
                 continue
             found = self.model([comparisons[number][0] for number, _ in rows], [response for _, response in rows])
-            for (number, response), score in zip(rows, found, strict=True):
-                if not math.isfinite(score):
-                    raise ValueError(f"the score {score} of the response {response[:80]!r} must be finite.")
+            for (number, _), score in zip(rows, found, strict=True):
                 scores[number].append(score)
         for own in scores:
             comment = "scores " + ", ".join(f"{score:.4g}" for score in own)
-            yield Answer("preference", tuple(places(own, self.tie_within)), comment=comment)
+            if all(map(math.isfinite, own)):
+                yield Answer("preference", tuple(places(own, self.tie_within)), comment=comment)
+            else:
+                yield Answer("skip", comment=comment)
 
 
 def places(scores: Sequence[float], tie_within: float = 0.0) -> list[int]:

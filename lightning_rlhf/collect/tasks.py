@@ -85,18 +85,45 @@ class Read:
     tasks: list[Task] = field(default_factory=list)
     prompts: list[tuple[Any, Row]] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
+    _metadata: dict[str, Row] = field(default_factory=dict)
 
     def add(self, task: Task | None) -> None:
-        """Takes a task, or counts one of which all responses are alike."""
+        """Takes a task once, with the metadata in which its rows agree; or counts one with one response only."""
         if task is None:
             self.dropped["one response only, or several that are alike"] += 1
-        else:
+        elif self._is_new(task.key, task.metadata):
             self.tasks.append(task)
+
+    def add_prompt(self, prompt: Any, metadata: Row) -> None:
+        """Takes a prompt that has no response yet, likewise.
+
+        Args:
+            prompt: A string or chat messages.
+            metadata: Every other key of the row; less of it where a later row has the same prompt.
+        """
+        if self._is_new(digest([prompt]), metadata):
+            self.prompts.append((prompt, metadata))
+
+    def _is_new(self, key: str, metadata: Row) -> bool:
+        shared = self._metadata.setdefault(key, metadata)
+        agree(shared, metadata)
+        return shared is metadata
 
 
 def digest(value: Any) -> str:
     """What stands for a value that can be written as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def agree(shared: Row, metadata: Row) -> None:
+    """Leaves what two rows that make one task have in common.
+
+    Args:
+        shared: Of the first of them, changed in place.
+        metadata: Of another one.
+    """
+    for name in [name for name, value in shared.items() if name not in metadata or metadata[name] != value]:
+        del shared[name]
 
 
 def read_tasks(source: Any, argument: str = "prompts", columns: Mapping[str, str] | None = None) -> Read:
@@ -143,12 +170,11 @@ def read_tasks(source: Any, argument: str = "prompts", columns: Mapping[str, str
                 f"must be text, or a list of chat messages with the keys 'role' and 'content'. A row has {FORMS}",
             )
         if response is None:
-            found.prompts.append((prompt, metadata))
+            found.add_prompt(prompt, metadata)
         elif isinstance(response, str):
             _, responses, shared = apart.setdefault(digest(prompt), (prompt, [], metadata))
             responses.append(response)
-            for name in [name for name, value in shared.items() if metadata.get(name) != value]:
-                del shared[name]
+            agree(shared, metadata)
         else:
             raise fields.wrong("response", "must be text")
     for prompt, responses, metadata in apart.values():

@@ -153,7 +153,7 @@ class RLHFDataModule(PlacedDataModule, ABC):
 
     @abstractmethod
     def texts(self, row: Any) -> Sequence[Any]:
-        """What a row consists of, for telling rows apart.
+        """What a row consists of, for telling rows apart: all that tokens are made of.
 
         Args:
             row: From :meth:`parsed`.

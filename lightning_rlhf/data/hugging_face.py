@@ -20,8 +20,8 @@ def opened(source: Any, argument: str) -> Any:
 
     Args:
         source: ``"hf://datasets/<owner>/<name>"``, perhaps with ``@<revision>`` and then
-            ``?split=<split>&streaming=true`` and others of :data:`OPTIONS`; or a folder that ``save_to_disk`` wrote,
-            perhaps with ``?split=<split>``; or anything else.
+            ``?split=<split>&streaming=true`` and others of :data:`OPTIONS`, of which ``data_files`` may be there
+            several times; or a folder that ``save_to_disk`` wrote, perhaps with ``?split=<split>``; or anything else.
         argument: What the user calls it, for errors.
 
     Returns:
@@ -55,13 +55,18 @@ def opened(source: Any, argument: str) -> Any:
 
 
 def _options(query: str, known: tuple[str, ...], asked: str) -> dict[str, Any]:
-    options: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
-    for name in options:
+    options: dict[str, Any] = {}
+    for name, value in parse_qsl(query.replace("+", "%2B"), keep_blank_values=True):  # splits are added by a plus
         if name not in known:
             raise ValueError(f"{asked} says {name!r}, which must be one of {', '.join(map(repr, known))}.")
+        if name in options and name != "data_files":
+            raise ValueError(f"{asked} says {name!r} twice: say it once.")
+        options[name] = [*options.get(name, []), value] if name == "data_files" else value
     streaming = options.get("streaming", "false").lower()
     if streaming not in ("true", "false"):
         raise ValueError(f"{asked}: `streaming={streaming}` must be true or false.")
+    if len(options.get("data_files", [])) == 1:
+        options["data_files"] = options["data_files"][0]
     return options | ({"streaming": streaming == "true"} if "streaming" in options else {})
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_rlhf.data.formats import Row, located, located_rows
 from lightning_rlhf.data.hugging_face import opened
@@ -123,8 +123,18 @@ class Reader:
         data = self.data
         if self._cache is None:
             return map(self._tokenized, rows, rows.places)
-        path = self._cache.path(data.tokenizer, [type(data).__qualname__, *data.reading], map(data.texts, rows))
+        kind = type(data)
+        how = [kind.__module__, kind.__qualname__, *data.reading]
+        path = self._cache.path(data.tokenizer, how, map(data.texts, rows))
         items = self._cache.read(path, rows, rows.places)
+        if items is not None and any(
+            _tokens(items[i]) != _tokens(self._tokenized(rows[i], rows.places[i])) for i in _some(len(items))
+        ):
+            rank_zero_warn(
+                f"{path} in `cache_dir` holds other tokens than its rows have now, and is made anew: `tokenized` or "
+                "the tokenizer has changed in what neither `texts` nor `reading` says, nor `save_pretrained` saves."
+            )
+            items = None
         if items is None:
             items = list(map(self._tokenized, rows, rows.places))
             self._cache.write(path, items)
@@ -203,3 +213,12 @@ class Reader:
         if cut:
             said.append("cut to fit: " + ", ".join(f"{number} {part}s" for part, number in sorted(cut.items())))
         rank_zero_info(f"`{argument}`: {'; '.join(said)}.")
+
+
+def _tokens(item: Tokenized) -> tuple[Any, ...]:
+    return item.prompt, item.responses, item.learnt
+
+
+def _some(count: int) -> set[int]:
+    """Numbers of a few of so many rows: the first, the last and some between."""
+    return {number * (count - 1) // 4 for number in range(5)} if count else set()

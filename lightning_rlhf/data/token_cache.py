@@ -8,6 +8,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class TokenCache:
 
         Args:
             tokenizer: Makes them.
-            how: All on which they depend besides, as plain values. A ``tokenized`` of one's own is not looked into.
+            how: All on which they depend besides, as plain values.
             texts: Of each row, all that tokens are made of.
 
         Returns:
@@ -51,7 +52,8 @@ class TokenCache:
             ValueError: If the tokenizer cannot be told from others.
         """
         said = hashlib.blake2b(digest_size=16)
-        said.update(digest([VERSION, how]))
+        versions = [version(name) for name in ("transformers", "tokenizers")]
+        said.update(digest([VERSION, versions, how]))
         said.update(_tokenizer_digest(tokenizer))
         for row in texts:
             said.update(digest(row))
@@ -94,12 +96,13 @@ class TokenCache:
         ]
 
     def write(self, path: Path, items: Sequence[Tokenized]) -> None:
-        """Keeps tokens.
+        """Keeps tokens, or warns if they cannot be kept.
 
         Args:
             path: From :meth:`path`.
             items: Rows in tokens.
         """
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         responses = [response for item in items for response in item.responses]
@@ -112,13 +115,19 @@ class TokenCache:
             "learnt": np.asarray([flag for flags in learnt for flag in flags], dtype=np.bool_),
             "learnt_lengths": np.asarray([len(flags) for flags in learnt], dtype=np.int64),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # machines that share the folder count processes alike
         try:
-            save_file(arrays, beside)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(arrays, beside)
+                os.replace(beside, path)
+            finally:
+                beside.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            rank_zero_warn(
+                f"`cache_dir={str(self.folder)!r}` cannot be written to ({error}), and the next run makes the same "
+                "tokens again: name a folder with room, or leave it out."
+            )
 
 
 def _together(name: str, lists: Sequence[Sequence[int]], dtype: Any) -> dict[str, np.ndarray]:
@@ -135,13 +144,14 @@ def _apart(numbers: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
 
 
 def _tokenizer_digest(tokenizer: Any) -> bytes:
-    """Of all that it saves: vocabulary, merges, special tokens, chat template."""
+    """Of all that it saves (vocabulary, merges, special tokens, chat template), and of how it treats special ones."""
     if not hasattr(tokenizer, "save_pretrained"):
         raise ValueError(
             f"`cache_dir` needs a tokenizer with `save_pretrained`, which {type(tokenizer).__name__} has not: its "
             "tokens could not be told from those of another one. Leave `cache_dir` out."
         )
     said = hashlib.blake2b(type(tokenizer).__qualname__.encode(), digest_size=16)
+    said.update(digest(bool(getattr(tokenizer, "split_special_tokens", False))))
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for file in sorted(Path(folder).rglob("*")):

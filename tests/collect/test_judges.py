@@ -105,9 +105,11 @@ def test_a_reward_model_prefers_what_it_scores_higher(tmp_path, monkeypatch):
 def test_a_score_that_is_no_number_is_no_preference(tmp_path, monkeypatch):
     monkeypatch.setattr(RewardModel, "__call__", lambda self, prompts, responses: [1.0, float("nan")])
     store = store_of(tmp_path, [{"prompt": "p", "responses": ["ab", "c"]}])
-    with pytest.raises(ValueError, match="failed on task 1, .*the score nan of the response 'c' must be finite"):
-        judge_all(store, RewardJudge("critic"))
+    assert judge_all(store, RewardJudge("critic")) == 1
     assert list(store.preferences()) == []
+    assert judge_all(store, RewardJudge("critic")) == 0, "it goes on with the others, and not with this one again"
+    ((verdict, comment),) = store.database.rows("SELECT verdict, comment FROM answers")
+    assert (verdict, comment) == ("skip", "scores 1, nan")
 
 
 def test_a_reward_model_goes_to_the_gpu_that_there_is(monkeypatch):

@@ -48,6 +48,19 @@ def test_of_rows_that_make_one_task_the_metadata_is_what_they_have_in_common():
     assert found(rows) == [("a", ["0", "1"], {"topic": "t"})]
 
 
+def test_so_it_is_where_whole_tasks_or_prompts_are_there_twice():
+    rows = [
+        {"prompt": "p", "chosen": "x", "rejected": "y", "worker": "ann", "topic": "t"},
+        {"prompt": "p", "chosen": "y", "rejected": "x", "worker": "bob", "topic": "t"},
+        {"prompt": "q", "worker": "ann", "topic": "t"},
+        {"prompt": "q", "worker": "bob", "topic": "t"},
+    ]
+    read = read_tasks(rows)
+    ((task,), (prompt,)) = read.tasks, read.prompts
+    assert (task.responses, task.metadata) == (("x", "y"), {"topic": "t"})
+    assert prompt == ("q", {"topic": "t"})
+
+
 def test_what_exported_answers_say_of_themselves_is_no_metadata_and_no_name_for_it():
     answer = {"prompt": "p", "chosen": "x", "rejected": "y", "annotator": "a", "task": 3, "grade": 1, "topic": "t"}
     assert found([answer]) == [("p", ["x", "y"], {"topic": "t"})]

@@ -106,3 +106,14 @@ def test_what_reads_them_is_named_where_it_is_missing(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"one'` is read by datasets: `pip install lightning-rlhf\[datasets\]`"):
         PromptDataModule(str(saved / "one"))
+
+
+def test_splits_are_added_and_several_files_named(hub):
+    PromptDataModule(f"{ADDRESS}?split=train+test[:10%]")
+    assert hub.pop()[1]["split"] == "train+test[:10%]"
+    PromptDataModule(f"{ADDRESS}?split=train&data_files=a.json&data_files=b.json")
+    assert hub.pop()[1]["data_files"] == ["a.json", "b.json"]
+    PromptDataModule(f"{ADDRESS}?split=train&data_files=a.json")
+    assert hub.pop()[1]["data_files"] == "a.json"
+    with pytest.raises(ValueError, match="^`prompts='hf://.*says 'split' twice: say it once"):
+        PromptDataModule(f"{ADDRESS}?split=train&split=test")

@@ -188,9 +188,13 @@ def test_what_fails_leaves_no_file(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        made(PromptDataModule, folder)
+    with pytest.warns(UserWarning, match=r"`cache_dir=.*tokens'` cannot be written to .*No space left.*name a folder"):
+        _, items = made(PromptDataModule, folder)
+    assert len(items) == 3, "the tokens are there all the same"
     assert not list(folder.iterdir())
+    (folder.parent / "file").write_text("")
+    with pytest.warns(UserWarning, match=r"`cache_dir=.*file/x'` cannot be written to"):
+        made(PromptDataModule, folder.parent / "file" / "x")
 
 
 def test_no_rows_and_rows_without_responses_come_back(folder):
@@ -211,3 +215,32 @@ def test_what_cannot_be_kept_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="`cache_dir` needs a tokenizer with `save_pretrained`, which Words has not"):
         made(PromptDataModule, tmp_path / "tokens", tokenizer=Words())
+
+
+class Told(PromptDataModule):
+    """Puts a text before every prompt, of which the cache is not told."""
+
+    before = "a "
+
+    def tokenized(self, row, what):
+        return super().tokenized({**row, "prompt": self.before + row["prompt"]}, what)
+
+
+def test_a_tokenized_of_ones_own_that_has_changed_is_noticed(folder, monkeypatch):
+    rows = [f"{letter} b" for letter in "cdefghij"]
+    _, first = made(Told, folder, rows)
+    assert made(Told, folder, rows)[1] == first
+    monkeypatch.setattr(Told, "before", "b ")
+    with pytest.warns(UserWarning, match="`cache_dir` holds other tokens than its rows have now, and is made anew"):
+        _, second = made(Told, folder, rows)
+    assert [item.prompt[1:] for item in second] == [item.prompt[1:] for item in first]
+    assert second != first
+    assert made(Told, folder, rows)[1] == second
+
+
+def test_how_special_tokens_are_treated_is_part_of_a_tokenizer(folder):
+    one, other = tokenizer_of(), tokenizer_of()
+    other.split_special_tokens = True
+    for tokenizer in (one, other):
+        made(PromptDataModule, folder, tokenizer=tokenizer)
+    assert len(list(folder.iterdir())) == 2

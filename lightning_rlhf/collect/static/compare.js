@@ -213,7 +213,7 @@ function takeBack() {
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || $("help").open) return;
-  if (event.isComposing) return; // Enter chooses a character then
+  if (event.isComposing || event.keyCode === 229) return; // Enter chooses a character then; Safari says it so
   if (event.target === $("comment")) {
     if (event.key === "Escape" || event.key === "Enter") $("comment").blur();
     return;
