@@ -7,8 +7,8 @@ Each row is one or several of ``ppo grpo grpo_mu sft sft_packed reward generate 
     python -m benchmarks.speed sft --size base --kernel onednn mkl
     python -m benchmarks.speed generate ppo sft_8k grpo_16k --size qwen3-0.6b --compile off on
 
-The last one is for a GPU. ``sft_8k`` and ``grpo_16k`` train on texts of so many thousand tokens, the latter on
-responses that it is given, without writing them, and beside nobody.
+The last one is for a GPU. ``sft_8k`` and ``grpo_16k`` train on texts of so many thousand tokens; ``grpo_16k`` does so
+beside nobody, and on responses that it is given: writing them is not part of it.
 
 TRL is measured where ``python -m benchmarks.environments`` has put it. An iteration during which other processes used
 more than a quarter of a core is made again. What comes out is printed, and written to ``outputs/speed/`` as JSON and
@@ -119,7 +119,7 @@ def parsed(args: list[str] | None) -> argparse.Namespace:
     options = options_of(parser, args)
     if set(options.rows) & set(LONG) and not SIZES[options.size].on_gpu:
         parser.error(f"{' '.join(LONG)} go with a size for GPUs, as --size qwen3-0.6b")
-    if options.unfrozen != [-1] and set(options.rows) & {"sft", "sft_packed", "reward", "generate"}:
+    if options.unfrozen != [-1] and set(options.rows) & {"sft", "sft_packed", "sft_8k", "reward", "generate"}:
         parser.error(f"--unfrozen {shlex.join(map(str, options.unfrozen))} goes with ppo, grpo and grpo_mu")
     options.name = "-".join([*options.rows, options.size, options.lengths])
     options.name += "".join(

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lightning_rlhf.generation.recorder import Recorder
 from lightning_rlhf.generation.sampling import Sampling, draw
-from lightning_rlhf.generation.steps import Recorder, Steps
+from lightning_rlhf.generation.steps import Steps
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.vocabulary import SpecialTokens
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -38,7 +41,7 @@ class RMSNorm(nn.Module):
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
         super().__init__()
         self.weight = weight
-        self.eps = eps
+        self.eps = self.variance_epsilon = eps
 
     def forward(self, states: Tensor) -> Tensor:
         """Returns states of the root mean square 1, times the weight.
@@ -57,7 +60,7 @@ class RMSNorm(nn.Module):
 def fuse_norms(model: nn.Module) -> None:
     """Puts :class:`RMSNorm` in the place of norms that say the same, to the last bit where there is no GPU.
 
-    Which they are is tried on numbers, not looked up by name. Written out (LLaMA, Qwen3, Mistral, T5 ...), they take
+    Which they are is tried on numbers, not looked up by name. Written out (LLaMA, Qwen3, Mistral ...), they take
     six passes over the states and keep several copies of them for the gradient.
 
     Args:
@@ -71,6 +74,8 @@ def fuse_norms(model: nn.Module) -> None:
             is_alone = weight is not None and len(weights) == 1 and not list(module.buffers())
             if not is_alone or not isinstance(eps, float) or list(module.children()):
                 continue
+            if len(inspect.signature(module.forward).parameters) != 1:  # a gate besides, as Mamba 2 has
+                continue
             if type(weight) is nn.Parameter and weight.dim() == 1 and not weight.is_meta and _is_rms(module, eps):
                 fused = RMSNorm(weight, eps)
                 fused.training = module.training
@@ -82,12 +87,16 @@ def _is_rms(module: nn.Module, eps: float) -> bool:
     """Whether it says what :class:`RMSNorm` says of numbers and a weight that are not its own."""
     draw = torch.Generator().manual_seed(0)
     width = module.get_parameter("weight").shape[0]
-    for dtype in (torch.float32, torch.bfloat16):
-        states, weight = (torch.randn(*shape, width, generator=draw).to(dtype) for shape in ((3, 5), ()))
+    for dtypes in itertools.product((torch.float32, torch.bfloat16), repeat=2):
+        states, weight = (
+            torch.randn(*shape, width, generator=draw).to(dtype)
+            for shape, dtype in zip(((3, 5), ()), dtypes, strict=True)
+        )
+        expected = RMSNorm(nn.Parameter(weight), eps)(states)
         try:
             found = functional_call(module, {"weight": weight}, (states,))
-        except (AttributeError, RuntimeError, TypeError, ValueError):
+        except Exception:  # whatever a forward of another kind stumbles over
             return False
-        if not (isinstance(found, Tensor) and torch.equal(found, RMSNorm(nn.Parameter(weight), eps)(states))):
+        if not (isinstance(found, Tensor) and found.dtype == expected.dtype and torch.equal(found, expected)):
             return False
     return True

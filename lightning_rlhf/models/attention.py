@@ -58,7 +58,13 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and _has_kernel(device)
+
+
+@lru_cache(maxsize=8)
+def _has_kernel(device: torch.device) -> bool:
+    """Whether a GPU is new enough (Ampere), and torch was built with the kernel."""
+    return torch.cuda.get_device_capability(device) >= (8, 0) and torch.backends.cuda.is_flash_attention_available()
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager[Any]:
@@ -106,8 +112,8 @@ def rows_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     segments = attention_mask[0, 0].tolist()
     for noticed in _noticed:
-        noticed.append(_is_one_kernel(module, query, kwargs))
-    if packs(query.device, query.dtype) and _is_one_kernel(module, query, kwargs):
+        noticed.append(_is_one_kernel(module, query, key, value, kwargs))
+    if packs(query.device, query.dtype) and _is_one_kernel(module, query, key, value, kwargs):
         return _packed(query, key, value, segments, **kwargs), None
     lengths = [length for length, _ in segments]
     window = kwargs.get("sliding_window")
@@ -150,9 +156,11 @@ def _is_plain(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
     )
 
 
-def _is_one_kernel(module: torch.nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
+def _is_one_kernel(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether the kernels of a GPU for rows of different lengths can be asked."""
-    return _is_plain(module, kwargs) and query.shape[-1] <= WIDEST_HEAD and query.shape[-1] % 8 == 0
+    width = query.shape[-1]
+    is_even = width == key.shape[-1] == value.shape[-1]  # DeepSeek's are not
+    return _is_plain(module, kwargs) and is_even and width <= WIDEST_HEAD and width % 8 == 0
 
 
 class _Packing(NamedTuple):
@@ -166,6 +174,7 @@ class _Packing(NamedTuple):
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # or what validation asked for first could not be kept for a gradient
 def _packing(segments: tuple[tuple[int, int], ...], device: torch.device) -> _Packing:
     starts = [0]
     for length, _ in segments:
@@ -242,6 +251,7 @@ def _spelt_out(
 
 
 @lru_cache(maxsize=512)
+@torch.inference_mode(False)
 def _band(before: int, length: int, window: int, dtype: torch.dtype) -> Tensor:
     """0 where a token looks, minus infinity elsewhere: back to those before its segment, but not beyond the window."""
     ages = torch.arange(before, before + length)[:, None] - torch.arange(before + length)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_rlhf.models.activations import fuse_activations
+from lightning_rlhf.models.activations import fuse_activations, fuse_norms
 from lightning_rlhf.models.adapters import VALUE
 from lightning_rlhf.models.blocks import swapped
 from lightning_rlhf.models.decoder import Decoder
@@ -210,5 +210,6 @@ def _plain(decoder: Decoder, recomputes: bool) -> PreTrainedModel:
     if recomputes:
         recompute_activations(model)
     fuse_activations(model)
+    fuse_norms(model)
     speed_up_linears(model)
     return model

@@ -187,7 +187,9 @@ class Decoder(nn.Module):
         """
         device = batch.prompt_tokens.device
         drops = self.training and not self.shares
-        is_possible = device.type == "cpu" or (self.packs and not drops and packs(device, self.model.dtype))
+        is_possible = device.type == "cpu" or (
+            self.packs and not drops and packs(device, next(self.model.parameters()).dtype)
+        )
         if not (self.unpads and is_possible and bool(batch.prompt_mask[:, -1].all())):
             return None
         first = first_with_prompt(batch, self.shares)

@@ -46,6 +46,7 @@ class FixedLayer(DynamicLayer):
         """
         for room, held in zip(self.rooms, (layer.keys, layer.values), strict=True):
             room[:, :, : held.shape[2]] = held
+            room[:, :, held.shape[2] :] = 0  # what an earlier text has left may be no number
 
     def use(self, rows: int, columns: int) -> None:
         """Says which part is in use.

@@ -28,7 +28,7 @@ def noisy(model: Any, reading: Reading, batch: Responses, alpha: float) -> Itera
         batch: Of which it was made.
         alpha: How much, :math:`\alpha`.
     """
-    lengths = row_lengths(reading, batch)
+    lengths = row_lengths(reading, batch).to(reading.tokens.device)
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         noise = torch.empty(output.shape, dtype=torch.float32, device=output.device).uniform_(-1.0, 1.0)

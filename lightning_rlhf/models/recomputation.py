@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lightning_rlhf.models.adapters import Adapters
+from lightning_rlhf.models.attention import attention_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,11 +28,13 @@ def recompute_activations(model: PreTrainedModel, adapters: Adapters | None = No
     enable: Any = getattr(model, "activation_checkpointing_enable", None)  # the older name is deprecated where it is
     enable = enable or model.gradient_checkpointing_enable
     # Not reentrant, so that it does not matter that what a block reads has no gradient.
-    options: dict[str, Any] = {"use_reentrant": False}
-    if adapters is not None:
-        options["context_fn"] = adapters.repeated
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        first, again = (nullcontext(), nullcontext()) if adapters is None else adapters.repeated()
+        return first, _repetition(again, attention_kernels(next(model.parameters()).device))
+
     try:
-        enable(options)
+        enable({"use_reentrant": False, "context_fn": contexts})
     except ValueError as error:
         raise ValueError(
             f"`gradient_checkpointing=True`: the blocks of {type(model).__name__} hold their activations, and nothing "
@@ -37,3 +42,12 @@ def recompute_activations(model: PreTrainedModel, adapters: Adapters | None = No
         ) from error
     # transformers gives it one all the same, and frozen blocks below would then take part in the backward pass.
     model.disable_input_require_grads()
+
+
+@contextmanager
+def _repetition(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    """A pass that is made again in the backward pass: with the adapter and kernels that it had, or it would differ."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

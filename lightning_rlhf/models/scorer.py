@@ -20,9 +20,9 @@ from lightning_rlhf.models.reading import aligned, unpadded
 class Scorer(Decoder):
     """A sequence classifier with one output, which reads texts as fast as it can.
 
-    Where its score is a linear function of the state at the last token, rows lie one behind the other on a CPU, and
-    what several responses share is read once. Otherwise (encoders, which may look at a first token or at all of them;
-    encoder-decoders) its own forward reads rows padded on the right. Which of the two it is is tried out.
+    Where its score is a linear function of the state at the last token, rows lie one behind the other (:meth:`line`),
+    and what several responses share is read once. Otherwise (encoders, which may look at a first token or at all of
+    them; encoder-decoders) its own forward reads rows padded on the right. Which of the two it is is tried out.
 
     Args:
         model: Called with ``input_ids`` and ``attention_mask``, it returns ``logits``, (batch, 1).

@@ -16,8 +16,8 @@ from lightning_rlhf.batches import PromptBatch, Rollouts
 from lightning_rlhf.chance import row_uniforms
 from lightning_rlhf.data.tokens import padded, prompt_ids
 from lightning_rlhf.generation.decode import Decoded, DecodeLoop
+from lightning_rlhf.generation.recorder import Recorder
 from lightning_rlhf.generation.sampling import Sampling, SamplingLike
-from lightning_rlhf.generation.steps import Recorder
 from lightning_rlhf.generation.stopping import stop_criteria
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.vocabulary import SpecialTokens
@@ -86,9 +86,15 @@ class TextModule(Remembering, L.LightningModule, ABC):
         how = (stopping, with_final_values, trunk_bytes, goes_on, self._recorder)
         loop = DecodeLoop(self.policy, sampling, self.special_tokens, *how)
         with self.quiet(), held(self.policy) if holds else nullcontext(), self._eager():
-            decoded = loop(prompt_tokens, prompt_mask, uniforms, group_size)
-        self._recorder.rest()
-        return decoded
+            try:
+                return loop(prompt_tokens, prompt_mask, uniforms, group_size)
+            finally:
+                self._recorder.rest()
+
+    def teardown(self, stage: str) -> None:
+        """Lets what was recorded go; a loop of Lightning's has ended."""
+        super().teardown(stage)
+        self._recorder.forget()
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_rlhf.functional.head import head_bytes
 from lightning_rlhf.models.cache import RoomyLayer, columns_at
+from lightning_rlhf.models.fixed_cache import FixedCache
 from lightning_rlhf.planning.live import Live
 
 ACTIVATIONS, LOGITS, CACHE, GRADIENTS = "activations", "logits", "cache", "gradients"
@@ -109,6 +110,22 @@ def longest(cache: Any, read: int, last: int) -> int:
         end = rooms if isinstance(layer, RoomyLayer) else min(last, window)
         size += held * end // columns - held
     return size
+
+
+def fixed(cache: Any, columns: int) -> int:
+    """What a cache takes that has so many columns, filled or not.
+
+    Args:
+        cache: That grows instead.
+        columns: Tokens of a text that there is room for.
+
+    Returns:
+        The bytes; 0 where no steps can be recorded on such a one.
+    """
+    if not FixedCache.can_hold(cache):
+        return 0
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() // tensor.shape[-2] * columns * tensor.element_size() for tensor in tensors)
 
 
 def _growing(cache: Any) -> list[Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_rlhf.generation.recorder import FEWEST, level
 from lightning_rlhf.generation.sampling import Sampling, draw
 from lightning_rlhf.models.blocks import instead
 from lightning_rlhf.models.branches import ValueAdapter, ValueBranch
@@ -26,6 +27,7 @@ from lightning_rlhf.planning.paper import (
     LOGITS,
     HeadOnPaper,
     SoftmaxOnPaper,
+    fixed,
     hold,
     longest,
 )
@@ -54,6 +56,7 @@ class Passes:
         self.decoder = network.decoder
         self.head: Any = self.decoder.model.get_output_embeddings()
         self.is_plain = self._is_plain()
+        self.recorded = 0  # bytes of the cache that steps of a rollout are recorded on
 
     def update(self, rows: Rows, in_forward: bool, in_backward: bool) -> Counter[str]:
         """Forward and backward pass of a micro-batch.
@@ -145,7 +148,12 @@ class Passes:
             # Room for more tokens is made in this first step, and is there in the last one.
             passing = live.peak.total() - live.now.total()
             del output
-        step = Counter({CACHE: longest(cache, read, last), LOGITS: drawing, ACTIVATIONS: passing})
+        size = longest(cache, read, last)
+        if self.placement.is_gpu and not self.placement.is_sharded and sampling.max_new_tokens >= FEWEST:
+            self.recorded = fixed(cache, level(last + 1))
+            # What the prompt was read into is still there when the first step is made.
+            size = self.recorded + fixed(cache, read) if self.recorded else size
+        step = Counter({CACHE: size, LOGITS: drawing, ACTIVATIONS: passing})
         return max(prompts, step, key=Counter.total)
 
     def trunk_bytes(self, rows: Rows) -> int:

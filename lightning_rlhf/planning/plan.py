@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from lightning_rlhf.generation.steps import FEWEST, KEPT_BYTES
+from lightning_rlhf.generation.recorder import KEPT_BYTES
 from lightning_rlhf.models.branches import ValueAdapter, ValueBranch
 from lightning_rlhf.modules.base import RLHFModule
 from lightning_rlhf.modules.critics import ActorCriticModule
 from lightning_rlhf.modules.online import OnlineModule
 from lightning_rlhf.planning import gathering
 from lightning_rlhf.planning.networks import Networks
-from lightning_rlhf.planning.outlines import Network
 from lightning_rlhf.planning.paper import ACTIVATIONS, CACHE, GRADIENTS, LOGITS
 from lightning_rlhf.planning.passes import Passes, scored
 from lightning_rlhf.planning.placement import Placement
@@ -100,7 +99,8 @@ class Plan:
             trunk = _trunk(passes, batches, module.trunk_gib)
             rollout = passes.rollout(batches.prompts, module.responses_per_prompt, module.sampling)
             phases[GENERATE] = held + trunk + writing + rollout
-            held += _kept_cache(module, policy, placement, rollout)
+            # What steps were recorded on stays on a GPU, unless it is large.
+            held += Counter({CACHE: passes.recorded if passes.recorded <= KEPT_BYTES else 0})
             phases[SCORE] = held + trunk + _scoring(module, networks, batches, passes, reading)
             trunk += Counter({TRUNK: passes.trunk_bytes(batches.minibatch) if trunk else 0})  # a copy, in pieces
         update = passes.update(batches.micro, *batches.finds_gradients(module, placement))
@@ -138,18 +138,6 @@ def standing(module: RLHFModule, networks: Networks, placement: Placement) -> tu
         OPTIMIZER: state,
     }
     return Counter(held), at_once
-
-
-def _kept_cache(module: OnlineModule, policy: Network, placement: Placement, rollout: Counter[str]) -> Counter[str]:
-    """Keys and values that stay on a GPU while nothing is written, since steps were recorded on them."""
-    is_recorded = (
-        placement.is_gpu
-        and not placement.is_sharded
-        and not policy.decoder.has_encoder
-        and module.sampling.max_new_tokens >= FEWEST
-        and rollout[CACHE] <= KEPT_BYTES
-    )
-    return Counter({CACHE: rollout[CACHE] if is_recorded else 0})
 
 
 def _gathered_in_scoring(networks: Networks, placement: Placement) -> dict[str, Counter[str]]:

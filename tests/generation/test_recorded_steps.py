@@ -12,10 +12,11 @@ from torch.testing import assert_close
 
 from lightning_rlhf.chance import row_uniforms
 from lightning_rlhf.data.tokens import padded
-from lightning_rlhf.generation import steps
+from lightning_rlhf.generation import recorder as recording
 from lightning_rlhf.generation.decode import DecodeLoop
+from lightning_rlhf.generation.recorder import Recorder, level
 from lightning_rlhf.generation.sampling import Sampling
-from lightning_rlhf.generation.steps import Recorder, level
+from lightning_rlhf.generation.steps import Steps
 from lightning_rlhf.models.fixed_cache import FixedCache
 from lightning_rlhf.models.freezing import freeze
 from lightning_rlhf.models.probing import probe
@@ -46,7 +47,7 @@ def test_every_architecture_writes_the_same_by_fixed_steps_or_is_refused_in_word
     assert recorder.is_refused == bool(refusals)
     if name in ("gpt2", "gpt_neox", "gptj", "llama", "qwen3", "opt", "gemma", "phi"):
         assert recorder.fixed is not None, "it is to be recorded"
-        assert recorder.trials == steps.TRIED
+        assert recorder.trials == recording.TRIED
 
 
 def frozen_policy():
@@ -92,7 +93,7 @@ def test_batches_of_any_width_follow_each_other_and_finished_rows_leave(group_si
 
 def test_short_responses_are_not_recorded_and_other_kinds_of_cache_neither() -> None:
     policy, recorder = policy_of("llama"), Recorder(records=False)
-    decoded(policy, Sampling(max_new_tokens=steps.FEWEST - 1), PROMPTS, recorder=recorder)
+    decoded(policy, Sampling(max_new_tokens=recording.FEWEST - 1), PROMPTS, recorder=recorder)
     assert recorder.fixed is None
     decoded(policy, LONG, PROMPTS, recorder=Recorder())
     assert recorder.fixed is None, "there is no GPU to record on"
@@ -166,7 +167,7 @@ def test_what_validation_began_training_goes_on_with() -> None:
 
 def test_the_cache_that_grows_is_let_go_once_steps_are_trusted() -> None:
     policy, recorder = policy_of("llama"), Recorder(records=False)
-    made: list[steps.Steps] = []
+    made: list[Steps] = []
     begin = recorder.steps
     recorder.steps = lambda *args: made.append(begin(*args)) or made[-1]  # type: ignore[method-assign]
     for _ in range(2):
@@ -177,11 +178,42 @@ def test_the_cache_that_grows_is_let_go_once_steps_are_trusted() -> None:
 def test_large_caches_are_freed_between_batches(monkeypatch) -> None:
     policy, recorder = policy_of("llama"), Recorder(records=False)
     decoded(policy, LONG, PROMPTS, recorder=recorder)
-    monkeypatch.setattr(steps, "KEPT_BYTES", recorder.fixed.nbytes)
+    monkeypatch.setattr(recording, "KEPT_BYTES", recorder.fixed.nbytes)
     recorder.rest()
     assert recorder.fixed is not None
-    monkeypatch.setattr(steps, "KEPT_BYTES", recorder.fixed.nbytes - 1)
+    monkeypatch.setattr(recording, "KEPT_BYTES", recorder.fixed.nbytes - 1)
     recorder.rest()
     assert recorder.fixed is None
-    assert decoded(policy, LONG, PROMPTS, recorder=recorder).tokens.shape[1] > steps.FEWEST
+    assert decoded(policy, LONG, PROMPTS, recorder=recorder).tokens.shape[1] > recording.FEWEST
     assert recorder.fixed is not None
+
+
+def test_longer_texts_are_tried_anew(monkeypatch) -> None:
+    policy, recorder = policy_of("llama"), Recorder(records=False)
+    decoded(policy, LONG, PROMPTS, recorder=recorder)
+    assert recorder.is_trusted
+    assert recorder.fixed.columns == 64
+    read = policy.next_token
+
+    def wrong_beyond_64(tokens, mask, cache, positions=None):
+        step = read(tokens, mask, cache, positions)
+        return step._replace(logits=step.logits.flip(1)) if mask.shape[-1] > 64 and positions is not None else step
+
+    monkeypatch.setattr(policy, "next_token", wrong_beyond_64)
+    longer = [[2] * 36, *PROMPTS[1:]]
+    expected = decoded(policy, LONG, longer, with_final_values=True)
+    with pytest.warns(UserWarning, match="logits differ"):
+        found = decoded(policy, Sampling(max_new_tokens=28), [[2] * 36, *PROMPTS[1:]], recorder=recorder)
+    assert recorder.is_refused
+    width = min(found.tokens.shape[1], expected.tokens.shape[1])
+    assert torch.equal(found.tokens[:, :width], expected.tokens[:, :width])
+
+
+def test_nothing_of_an_earlier_text_is_read() -> None:
+    policy, recorder = policy_of("llama"), Recorder(records=False)
+    expected = decoded(policy, LONG, PROMPTS, with_final_values=True)
+    decoded(policy, LONG, [[2] * 30, *PROMPTS[1:]], recorder=recorder)
+    for layer in recorder.fixed.layers:
+        for room in layer.rooms:
+            room[:, :, 29:] = torch.nan  # as what half precision cannot hold
+    same(decoded(policy, LONG, PROMPTS, with_final_values=True, recorder=recorder), expected)

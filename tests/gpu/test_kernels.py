@@ -17,8 +17,8 @@ from lightning_rlhf.functional import head
 from lightning_rlhf.functional.head import head_logprobs
 from lightning_rlhf.functional.logprobs import response_logprobs
 from lightning_rlhf.generation.decode import DecodeLoop
+from lightning_rlhf.generation.recorder import TRIED, Recorder
 from lightning_rlhf.generation.sampling import Sampling
-from lightning_rlhf.generation.steps import TRIED, Recorder
 from lightning_rlhf.models import attention
 from lightning_rlhf.models.activations import RMSNorm
 from lightning_rlhf.models.encoder_decoder import decoder_of
@@ -211,3 +211,12 @@ def test_a_norm_by_one_operator_is_the_norm(dtype: torch.dtype) -> None:
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
     assert_close(found.cpu(), exact, **close)
     assert_close(norm.weight.grad.cpu(), expected, **(close if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}))
+
+
+def test_what_validation_asked_for_first_can_be_learnt_from() -> None:
+    policy, batch = policy_of("llama"), batch_of()
+    attention._packing.cache_clear()
+    with torch.autocast("cuda", torch.bfloat16):
+        with torch.inference_mode():
+            policy(batch)
+        said(policy, batch)

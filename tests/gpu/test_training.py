@@ -141,14 +141,17 @@ PAIRS = [{"prompt": "a b", "chosen": "c d e", "rejected": "f"}, {"prompt": "c", 
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-5), ("bf16-mixed", 2e-2), ("16-mixed", 2e-2)])
-@pytest.mark.parametrize("kind", ["sft", "sft_packed", "sft_checkpointed", "reward", "reward_encoder"])
+@pytest.mark.parametrize(
+    "kind", ["sft", "sft_packed", "sft_checkpointed", "sft_bart_checkpointed", "reward", "reward_encoder"]
+)
 def test_offline_stages_learn_what_they_learn_on_a_cpu(kind: str, precision: str, tolerance: float) -> None:
     def trained(accelerator: str, precision: str) -> torch.Tensor:
         torch.manual_seed(0)
         data: Any
         shared = {"tokenizer": word_tokenizer(), "optimizer": sgd}
         if kind.startswith("sft"):
-            spec = llama(gradient_checkpointing=kind == "sft_checkpointed")
+            name = "bart" if "bart" in kind else "llama"
+            spec = ModelSpec(model(name), gradient_checkpointing=kind.endswith("checkpointed"))
             module: Any = SFTModule(spec, **shared)
             size = {"batch_tokens": 64} if kind == "sft_packed" else {"batch_size": 4}
             data = ConversationDataModule(CONVERSATIONS, shuffle=False, **size)
@@ -196,3 +199,10 @@ def test_bitsandbytes_trains(kind: str, wide_folders: Any) -> None:
         held = {p.dtype for p in module.policy.decoder.model.parameters() if not p.is_floating_point()}
         assert held <= {torch.uint8, torch.int8}
         assert held, "weights are held in fewer bits"
+
+
+def test_noise_goes_where_rows_in_line_are() -> None:
+    module = SFTModule(llama(), tokenizer=word_tokenizer(), optimizer=sgd, neftune_alpha=5.0)
+    data = ConversationDataModule(CONVERSATIONS, batch_size=4)
+    bare_trainer(max_epochs=1, accelerator="gpu", precision="bf16-mixed").fit(module, datamodule=data)
+    assert parameters(module).isfinite().all()

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2ForSeque
 
 from lightning_rlhf import GRPOModule, ModelSpec, PPOModule, RewardModel, RewardModule
 from lightning_rlhf.batches import ImitationBatch
-from lightning_rlhf.generation import steps
+from lightning_rlhf.generation import recorder
 from lightning_rlhf.generation.sampling import draw
 from lightning_rlhf.models.adapters import VALUE as VALUE_ADAPTER
 from lightning_rlhf.modules.optimization import make_optimizer
@@ -463,20 +463,25 @@ def test_phases_hold_what_is_there_in_them():
 
 def test_on_a_gpu_the_cache_that_steps_are_recorded_on_stays(monkeypatch):
     def held(placement, policy=None, **sampling):
-        sampling = {"max_new_tokens": steps.FEWEST, **sampling}
+        sampling = {"max_new_tokens": recorder.FEWEST, **sampling}
         return Plan.of(module_of(PPOModule, policy, sampling=sampling, optimizer=None), placement, SIZES).bytes
 
     phases = held(Placement())
-    assert phases[GENERATE][CACHE] == phases[SCORE][CACHE] == phases[BACKWARD][CACHE] == phases[STEP][CACHE] > 0
+    # Keys and values, two blocks, three rows, 64 columns for 5 + 16 tokens, 16 channels; and while one is filled, those
+    # of the prompt's 5 tokens.
+    kept, prompt = (2 * 2 * 3 * columns * 16 * 4 for columns in (64, 5))
+    assert phases[SCORE][CACHE] == phases[BACKWARD][CACHE] == phases[STEP][CACHE] == kept
+    assert phases[GENERATE][CACHE] == kept + prompt
     for others in (
         held(ONE),
         held(Placement(4, "sharded")),
-        held(Placement(), max_new_tokens=steps.FEWEST - 1),
+        held(Placement(), max_new_tokens=recorder.FEWEST - 1),
+        held(Placement(), ARCHITECTURES["mistral"]()),  # what falls out of a window is not kept
         held(Placement(), ENCODER_DECODERS["t5"]()),
     ):
         assert others[GENERATE][CACHE] > 0
         assert others[SCORE][CACHE] == others[STEP][CACHE] == 0
-    monkeypatch.setattr(planning, "KEPT_BYTES", phases[GENERATE][CACHE] - 1)
+    monkeypatch.setattr(planning, "KEPT_BYTES", kept - 1)
     assert held(Placement())[STEP][CACHE] == 0
 
 
