@@ -1,6 +1,7 @@
 """Log-probs and entropies straight from the states that a vocabulary head reads."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,17 @@ GPU_ROWS = 64
 """Rows and entries of a product there are multiples of so many."""
 NARROWEST = 256
 """Entries of the vocabulary that a product has at least, however many tokens there are."""
+
+
+@dataclass(slots=True)
+class Learnt:
+    """What a backward pass has come to.
+
+    Attributes:
+        head: Whether the head's weight has been given a gradient.
+    """
+
+    head: bool = False
 
 
 def head_bytes(
@@ -108,6 +120,7 @@ def head_logprobs(
     response_tokens: Int[Tensor, "*shape"],
     temperature: float = 1.0,
     kept_bytes: int = 2**30,
+    learnt: Learnt | None = None,
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """What :func:`response_logprobs` says of ``states @ weight.T + bias``, without holding these logits.
 
@@ -123,6 +136,7 @@ def head_logprobs(
         response_tokens: What was written.
         temperature: What logits are divided by.
         kept_bytes: How large exponentials may be that are kept for the backward pass.
+        learnt: Is told when the weight has been given a gradient.
 
     Returns:
         Log-probs and entropies in nats, both with gradients, in at least single precision.
@@ -137,9 +151,9 @@ def head_logprobs(
         # The products of a GPU are several times slower where rows do not begin at multiples of 16 bytes.
         rows = nn.functional.pad(states.reshape(count, -1), (0, 0, 0, -count % GPU_ROWS))
         tokens = nn.functional.pad(response_tokens.reshape(-1), (0, -count % GPU_ROWS))
-        said = _HeadLogprobs.apply(rows, weight, bias, tokens, temperature, kept_bytes)
+        said = _HeadLogprobs.apply(rows, weight, bias, tokens, temperature, kept_bytes, learnt)
         return said[0][:count].view(response_tokens.shape), said[1][:count].view(response_tokens.shape)
-    return _HeadLogprobs.apply(states, weight, bias, response_tokens, temperature, kept_bytes)
+    return _HeadLogprobs.apply(states, weight, bias, response_tokens, temperature, kept_bytes, learnt)
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -152,6 +166,7 @@ class _HeadLogprobs(torch.autograd.Function):
         tokens: Tensor,
         temperature: float,
         kept_bytes: int,
+        learnt: Learnt | None,
     ) -> tuple[Tensor, Tensor]:
         vocabulary = len(weight)
         flat, chosen = states.reshape(-1, states.shape[-1]), tokens.reshape(-1)
@@ -169,7 +184,7 @@ class _HeadLogprobs(torch.autograd.Function):
             del logits  # or they would be there while the next are made
         outputs = seen.outputs(tokens.shape)
         ctx.save_for_backward(flat, weight, bias, chosen, outputs[1], seen.mass, kept, *tops)
-        ctx.temperature, ctx.shape = temperature, states.shape
+        ctx.temperature, ctx.shape, ctx.learnt = temperature, states.shape, learnt
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -210,4 +225,6 @@ class _HeadLogprobs(torch.autograd.Function):
                 grad_bias[part] = gradient.sum(0)
             del some, gradient
         grad_states = None if grad_states is None else grad_states.to(flat.dtype).view(ctx.shape)
-        return grad_states, grad_weight, grad_bias, None, None, None
+        if ctx.learnt is not None:
+            ctx.learnt.head = wants_weight
+        return grad_states, grad_weight, grad_bias, None, None, None, None

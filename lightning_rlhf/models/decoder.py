@@ -15,6 +15,7 @@ from lightning_rlhf.functional.logprobs import response_logprobs
 from lightning_rlhf.models.adapters import Adapters
 from lightning_rlhf.models.attention import attention_kernels, packs
 from lightning_rlhf.models.blocks import Blocks, find_blocks, hooked, instead
+from lightning_rlhf.models.lookup import sparse_lookup
 from lightning_rlhf.models.outputs import DecoderOutput, Said, same_logits
 from lightning_rlhf.models.reading import (
     Reading,
@@ -240,14 +241,14 @@ class Decoder(nn.Module):
             Log-probs, entropies and states, with gradients.
         """
         states: list[Tensor] = []
-        head = self.model.get_output_embeddings()
-        is_plain = self.is_plain and reading.chosen is not None
+        head, is_plain = self.model.get_output_embeddings(), self.is_plain and reading.chosen is not None
+        tied = sparse_lookup(self.model.get_input_embeddings(), head) if is_plain else nullcontext()
 
         def say(chosen: Tensor) -> Tensor:
-            both = head_logprobs(chosen, head.weight, head.bias, reading.targets, temperature)
+            both = head_logprobs(chosen, head.weight, head.bias, reading.targets, temperature, learnt=learnt)
             return torch.stack(both, dim=-1)
 
-        with hooked(head, choosing(reading, states)), instead(head, say) if is_plain else nullcontext():
+        with hooked(head, choosing(reading, states)), instead(head, say) if is_plain else nullcontext(), tied as learnt:
             output = self.run(reading)
         if is_plain:
             logprobs, entropy = output.logits.unbind(-1)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -73,7 +74,7 @@ class Live(TorchDispatchMode):
         """Runs an operator, and notes what it returns."""
         output = func(*args, **(kwargs or {}))
         for value in tree_iter(output):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.layout is torch.strided:  # a sparse one's parts were seen
                 self._note(value, self._label)
         return output
 

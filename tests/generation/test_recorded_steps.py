@@ -17,11 +17,14 @@ from lightning_rlhf.generation.decode import DecodeLoop
 from lightning_rlhf.generation.recorder import Recorder, level
 from lightning_rlhf.generation.sampling import Sampling
 from lightning_rlhf.generation.steps import Steps
+from lightning_rlhf.models.encoder_decoder import decoder_of
 from lightning_rlhf.models.fixed_cache import FixedCache
 from lightning_rlhf.models.freezing import freeze
+from lightning_rlhf.models.heads import ValueHead
+from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.probing import probe
 from tests.generation.test_decode import CLOSE, ENDS, PROMPTS, decoded, policy_of, prompts_for
-from tests.networks import ARCHITECTURES, PAD
+from tests.networks import ARCHITECTURES, PAD, network
 
 LONG = Sampling(max_new_tokens=20)
 
@@ -189,24 +192,24 @@ def test_large_caches_are_freed_between_batches(monkeypatch) -> None:
 
 
 def test_longer_texts_are_tried_anew(monkeypatch) -> None:
-    policy, recorder = policy_of("llama"), Recorder(records=False)
+    decoder = decoder_of(network(ARCHITECTURES["llama"](max_position_embeddings=256), spread=1.0))
+    policy, recorder = Policy(decoder, 1.0, ValueHead(decoder.width)).eval(), Recorder(records=False)
     decoded(policy, LONG, PROMPTS, recorder=recorder)
     assert recorder.is_trusted
     assert recorder.fixed.columns == 64
     read = policy.next_token
 
-    def wrong_beyond_64(tokens, mask, cache, positions=None):
+    def wrong_beyond_64(tokens, mask, cache, positions=None):  # as a model is that counts columns for its window
         step = read(tokens, mask, cache, positions)
-        return step._replace(logits=step.logits.flip(1)) if mask.shape[-1] > 64 and positions is not None else step
+        return step._replace(logits=step.logits.flip(1)) if positions is not None and mask.shape[-1] > 64 else step
 
-    monkeypatch.setattr(policy, "next_token", wrong_beyond_64)
-    longer = [[2] * 36, *PROMPTS[1:]]
+    longer = [[2] * 60, *PROMPTS[1:]]
     expected = decoded(policy, LONG, longer, with_final_values=True)
+    monkeypatch.setattr(policy, "next_token", wrong_beyond_64)
     with pytest.warns(UserWarning, match="logits differ"):
-        found = decoded(policy, Sampling(max_new_tokens=28), [[2] * 36, *PROMPTS[1:]], recorder=recorder)
+        found = decoded(policy, LONG, longer, with_final_values=True, recorder=recorder)
     assert recorder.is_refused
-    width = min(found.tokens.shape[1], expected.tokens.shape[1])
-    assert torch.equal(found.tokens[:, :width], expected.tokens[:, :width])
+    same(found, expected)
 
 
 def test_nothing_of_an_earlier_text_is_read() -> None:

@@ -479,7 +479,6 @@ def test_on_a_gpu_the_cache_that_steps_are_recorded_on_stays(monkeypatch):
         held(Placement(), ARCHITECTURES["mistral"]()),  # what falls out of a window is not kept
         held(Placement(), ENCODER_DECODERS["t5"]()),
     ):
-        assert others[GENERATE][CACHE] > 0
         assert others[SCORE][CACHE] == others[STEP][CACHE] == 0
     monkeypatch.setattr(planning, "KEPT_BYTES", kept - 1)
     assert held(Placement())[STEP][CACHE] == 0
