@@ -177,7 +177,7 @@ class Recorder:
 
 
 def level(columns: int) -> int:
-    """So many columns, or up to half as many again: of which a text needs few different numbers as it grows.
+    """So many columns, or some more: numbers of which a text needs few as it grows.
 
     Args:
         columns: At least 1.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from lightning_rlhf.models.adapters import Adapters
 from lightning_rlhf.models.attention import attention_kernels
@@ -28,13 +31,8 @@ def recompute_activations(model: PreTrainedModel, adapters: Adapters | None = No
     enable: Any = getattr(model, "activation_checkpointing_enable", None)  # the older name is deprecated where it is
     enable = enable or model.gradient_checkpointing_enable
     # Not reentrant, so that it does not matter that what a block reads has no gradient.
-
-    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        first, again = (nullcontext(), nullcontext()) if adapters is None else adapters.repeated()
-        return first, _repetition(again, attention_kernels(next(model.parameters()).device))
-
     try:
-        enable({"use_reentrant": False, "context_fn": contexts})
+        enable({"use_reentrant": False, "context_fn": partial(_contexts, adapters)})
     except ValueError as error:
         raise ValueError(
             f"`gradient_checkpointing=True`: the blocks of {type(model).__name__} hold their activations, and nothing "
@@ -42,6 +40,13 @@ def recompute_activations(model: PreTrainedModel, adapters: Adapters | None = No
         ) from error
     # transformers gives it one all the same, and frozen blocks below would then take part in the backward pass.
     model.disable_input_require_grads()
+
+
+def _contexts(adapters: Adapters | None) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Of a pass that begins now, and of its repetition."""
+    first, again = (nullcontext(), nullcontext()) if adapters is None else adapters.repeated()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return first, _repetition(again, attention_kernels(device))
 
 
 @contextmanager
