@@ -220,3 +220,9 @@ def test_nothing_of_an_earlier_text_is_read() -> None:
         for room in layer.rooms:
             room[:, :, 29:] = torch.nan  # as what half precision cannot hold
     same(decoded(policy, LONG, PROMPTS, with_final_values=True, recorder=recorder), expected)
+
+
+def test_of_no_rows_none_leaves() -> None:
+    policy = policy_of("llama")
+    for alive, remaining in ((torch.zeros(0, dtype=torch.bool), 0), (torch.ones(1, dtype=torch.bool), 1)):
+        assert Steps(policy, None).staying(alive, remaining) is None

@@ -102,3 +102,15 @@ def test_it_is_left_alone_where_it_would_not_help() -> None:
             assert learnt is None
     with torch.no_grad(), sparse_lookup(embedding, embedding) as learnt:
         assert learnt is None
+
+
+def test_what_one_backward_pass_has_come_to_another_has_not() -> None:
+    policy = policy_of("gpt2")
+    output = policy(batch_of())
+    output.logprobs.sum().backward(retain_graph=True)
+    policy.zero_grad()
+    output.values.sum().backward()  # through the same pass, and not through the head
+    gradient = policy.decoder.model.get_input_embeddings().weight.grad
+    assert gradient.layout == torch.strided
+    (expected,) = gradients(policy, (values,))[:1]
+    assert_close(gradient, expected, **CLOSE)
