@@ -26,9 +26,10 @@ from benchmarks import ours, workload
 from benchmarks.alternation import Entrant, Result, measure
 from benchmarks.machine import forget_peak, memory_now, peak_memory
 from benchmarks.options import add_iterations, options_of, parser_of
+from benchmarks.sizes import SIZES
 from benchmarks.tables import iterations, publish, spread
 from benchmarks.worker import Gate
-from benchmarks.workload import GROUP_SIZE, SIZES, Case
+from benchmarks.workload import GROUP_SIZE, Case
 
 ALLOWED = 1.15
 """How many times the time per token and the memory of the smallest batch those of a larger one may be."""

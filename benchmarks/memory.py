@@ -32,8 +32,8 @@ from benchmarks import texts, workload
 from benchmarks.alternation import ROOT
 from benchmarks.machine import forget_peak, memory_now, peak_memory
 from benchmarks.ours import quiet
+from benchmarks.sizes import Size
 from benchmarks.tables import publish
-from benchmarks.workload import Size
 
 SIZE = Size(768, 12, 12, 50257)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, MICRO_BATCH = 8, 64, 32, 4

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.alternation import ROOT
-from benchmarks.workload import SIZES
+from benchmarks.sizes import SIZES
 
 
 def parser_of(program: str, about: str | None) -> argparse.ArgumentParser:

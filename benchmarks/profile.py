@@ -23,9 +23,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks import ours, workload
 from benchmarks.machine import matrix_rates
 from benchmarks.options import options_of, parser_of
+from benchmarks.sizes import SIZES
 from benchmarks.tables import publish
 from benchmarks.useful import work
-from benchmarks.workload import SIZES, Case
+from benchmarks.workload import Case
 
 METHODS = {
     "rollout": "generate",

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.alternation import ROOT
+from benchmarks.sizes import SIZES, Size
 from benchmarks.speed import PEERS
 from benchmarks.tables import markdown_table
-from benchmarks.workload import SIZES, Size
 
 PAGES = ("README.md", "docs/performance.md", "docs/performance_gpu.md")
 

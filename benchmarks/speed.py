@@ -34,8 +34,9 @@ from benchmarks import environments, workload
 from benchmarks.alternation import Entrant, Result, measure
 from benchmarks.machine import MatrixRate, best, better, gpu_rates, matrix_rates
 from benchmarks.options import add_iterations, options_of, parser_of
+from benchmarks.sizes import SIZES
 from benchmarks.tables import HEADINGS, facts_of, lines_of, publish, times_as_fast
-from benchmarks.workload import LONG, SIZES, Case
+from benchmarks.workload import LONG, Case
 
 PEERS = {
     "ppo": "trl",

@@ -6,7 +6,7 @@ import random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from benchmarks.workload import Size
+    from benchmarks.sizes import Size
 
 WORDS = 3
 """The first token that is a word; the others are special."""

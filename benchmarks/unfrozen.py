@@ -27,8 +27,9 @@ from benchmarks import ours, useful, workload
 from benchmarks.alternation import Entrant, measure
 from benchmarks.counting import MatrixWork
 from benchmarks.options import add_iterations, options_of, parser_of
+from benchmarks.sizes import SIZES
 from benchmarks.tables import disturbance, publish, spread
-from benchmarks.workload import SIZES, Case
+from benchmarks.workload import Case
 
 ALLOWED = 1.2
 """How many times the share of the blocks that train the counted work may be."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.workload import Case, Size
+from benchmarks.sizes import Size
+from benchmarks.workload import Case
 
 Rows = Sequence[tuple[int, int]]
 """Tokens of prompt and response of every row."""

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import environments, ours, speed, tables, workload
+from benchmarks import environments, ours, sizes, speed, tables
 from benchmarks.alternation import ROOT, Entrant, Result, chosen, measure
 from benchmarks.machine import Clock, MatrixRate, best, better, forget_peak, matrix_rates, memory_now, peak_memory
+from benchmarks.sizes import SIZES
 from benchmarks.useful import work
 from benchmarks.worker import Gate, run_of
-from benchmarks.workload import SIZES, Case, save
+from benchmarks.workload import Case, save
 from lightning_rlhf.functional.linear import suits
 
 CASE = Case("ppo", "small", "full", "", 1, 4)
@@ -245,7 +246,7 @@ def test_without_onednn_the_same_work_is_done_by_mkl(monkeypatch):
 
 def test_packed_examples_fill_the_room_that_rows_would_have(tmp_path, monkeypatch):
     monkeypatch.setattr(ours, "quiet", lambda: None)  # it would silence Lightning's loggers for the other tests as well
-    monkeypatch.setitem(workload.SIZES, "tiny", workload.Size(16, 2, 2, 64))
+    monkeypatch.setitem(sizes.SIZES, "tiny", sizes.Size(16, 2, 2, 64))
     save(tmp_path, SIZES["tiny"], "full")
     replies = io.StringIO()
     case = Case("sft_packed", "tiny", "full", str(tmp_path), torch.get_num_threads(), 2)

@@ -5,11 +5,12 @@ import json
 
 import pytest
 
-from benchmarks import batch_size, ours, workload
+from benchmarks import batch_size, ours, sizes, workload
 from benchmarks.alternation import Result
 from benchmarks.batch_size import Growth
+from benchmarks.sizes import Size
 from benchmarks.worker import Gate
-from benchmarks.workload import Case, Size
+from benchmarks.workload import Case
 
 
 def growth(batch, seconds, gib, tokens=50):
@@ -92,8 +93,8 @@ def test_every_batch_is_measured_by_itself_and_the_page_says_how(args, name, pie
 @pytest.mark.parametrize("pieces", [{"micro_batch_size": 8}, {"micro_batch_tokens": 900}])
 def test_a_batch_of_any_size_is_one_step_in_micro_batches(pieces, tmp_path, monkeypatch):
     monkeypatch.setattr(ours, "quiet", lambda: None)  # it would silence Lightning's loggers for the other tests as well
-    monkeypatch.setitem(workload.SIZES, "tiny", Size(16, 2, 2, 64))
-    workload.save(tmp_path, workload.SIZES["tiny"], "full")
+    monkeypatch.setitem(sizes.SIZES, "tiny", Size(16, 2, 2, 64))
+    workload.save(tmp_path, sizes.SIZES["tiny"], "full")
     made, updates = ours.module_of, []
 
     def watched(case):

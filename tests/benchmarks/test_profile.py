@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import ours, profile, workload
-from benchmarks.workload import SIZES, Case
+from benchmarks import ours, profile, sizes, workload
+from benchmarks.sizes import SIZES
+from benchmarks.workload import Case
 
 
 def event(name, parent=None):
@@ -39,7 +40,7 @@ def test_operators_are_ordered_and_what_is_outside_of_them_completes_the_whole()
 @pytest.mark.slow
 def test_every_matrix_product_of_an_iteration_lies_in_a_phase(tmp_path, monkeypatch):
     monkeypatch.setattr(ours, "quiet", lambda: None)  # it would silence Lightning's loggers for the other tests as well
-    monkeypatch.setitem(workload.SIZES, "tiny", workload.Size(16, 2, 2, 64))
+    monkeypatch.setitem(sizes.SIZES, "tiny", sizes.Size(16, 2, 2, 64))
     workload.save(tmp_path, SIZES["tiny"], "ragged")
     for row, phases in {"ppo": {"generate", "score", "forward", "backward"}, "sft": {"forward", "backward"}}.items():
         found = profile.run(Case(row, "tiny", "ragged", str(tmp_path), torch.get_num_threads(), 3))

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ours, unfrozen, workload
+from benchmarks import ours, sizes, unfrozen, workload
 from benchmarks.alternation import Result
+from benchmarks.sizes import Size
 from benchmarks.unfrozen import Cost
-from benchmarks.workload import Case, Size
+from benchmarks.workload import Case
 
 SIZE = Size(width=32, layers=3, heads=2, vocabulary=96)
 
@@ -15,7 +16,7 @@ SIZE = Size(width=32, layers=3, heads=2, vocabulary=96)
 @pytest.fixture
 def case(tmp_path, monkeypatch):
     monkeypatch.setattr(ours, "quiet", lambda: None)  # it would silence Lightning's loggers for the other tests as well
-    monkeypatch.setitem(workload.SIZES, "tiny", SIZE)
+    monkeypatch.setitem(sizes.SIZES, "tiny", SIZE)
     workload.save(tmp_path, SIZE, "full")
     return lambda top: Case("ppo", "tiny", "full", str(tmp_path), 1, 2, top)
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.sizes import SIZES, Size
 from benchmarks.useful import blocks, head, work
-from benchmarks.workload import SIZES, Case, Size, network
+from benchmarks.workload import Case, network
 
 SIZE = Size(width=16, layers=2, heads=2, vocabulary=48)
 FULL = [(48, 64)] * 32  # the mean prompt, and every response cut off

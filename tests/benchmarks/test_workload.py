@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from benchmarks import texts, workload
-from benchmarks.workload import EOS, PAD, SIZES, Case
+from benchmarks import sizes, texts, workload
+from benchmarks.sizes import SIZES
+from benchmarks.workload import EOS, PAD, Case
 from lightning_rlhf import SFTModule
 from lightning_rlhf.chance import row_uniforms
 from lightning_rlhf.data.tokens import padded
@@ -24,7 +25,7 @@ def lengths_written(lengths: workload.Lengths, rows: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("width", [128, 256])
 def test_a_ragged_network_ends_one_token_in_24_whatever_the_text(width):
-    size = workload.Size(width, 2, 2, 4096)
+    size = sizes.Size(width, 2, 2, 4096)
     tokens = torch.randint(3, size.vocabulary, (4, 32))
     with torch.no_grad():
         logits = workload.network(size, "ragged")(input_ids=tokens).logits
