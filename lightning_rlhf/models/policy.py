@@ -239,7 +239,7 @@ class Policy(nn.Module):
         Returns:
             Logits and value at the last position.
         """
-        more = {} if positions is None else {"positions": positions}
-        output = self.decoder(tokens, mask, keep=1, cache=cache, use_cache=self.decoder.caches, **more)
+        caches = self.decoder.caches
+        output = self.decoder(tokens, mask, keep=1, cache=cache, use_cache=caches, positions=positions)
         values = None if self.value_head is None else self.value_head(output.states)[:, 0]
         return NextToken(output.logits[:, 0], values, output.cache, output.trunk)
