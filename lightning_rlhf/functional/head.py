@@ -1,7 +1,6 @@
 """Log-probs and entropies straight from the states that a vocabulary head reads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from lightning_rlhf.functional.linear import product, product_into
 from lightning_rlhf.functional.logprobs import logits_gradient, token_gradients
 from lightning_rlhf.functional.running_softmax import RunningSoftmax, exponentials
+from lightning_rlhf.functional.spare import Spare
 
 LOGITS_AT_ONCE = 2**23
 """Logits that are made at once where all of a token's are wanted: 32 MiB in single precision, at least 16 tokens'."""
@@ -28,17 +28,6 @@ GPU_ROWS = 64
 """Rows and entries of a product there are multiples of so many."""
 NARROWEST = 256
 """Entries of the vocabulary that a product has at least, however many tokens there are."""
-
-
-@dataclass(slots=True)
-class Learnt:
-    """What a backward pass has come to.
-
-    Attributes:
-        head: Whether the head's weight has been given a gradient.
-    """
-
-    head: bool = False
 
 
 def head_bytes(
@@ -120,7 +109,7 @@ def head_logprobs(
     response_tokens: Int[Tensor, "*shape"],
     temperature: float = 1.0,
     kept_bytes: int = 2**30,
-    learnt: Learnt | None = None,
+    spare: Spare | None = None,
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """What :func:`response_logprobs` says of ``states @ weight.T + bias``, without holding these logits.
 
@@ -136,7 +125,8 @@ def head_logprobs(
         response_tokens: What was written.
         temperature: What logits are divided by.
         kept_bytes: How large exponentials may be that are kept for the backward pass.
-        learnt: Is told when the weight has been given a gradient.
+        spare: Has memory for exponentials, ``"exponentials"``, and for the weight's gradient, ``"gradient"``; the
+            former come back to it.
 
     Returns:
         Log-probs and entropies in nats, both with gradients, in at least single precision.
@@ -151,9 +141,9 @@ def head_logprobs(
         # The products of a GPU are several times slower where rows do not begin at multiples of 16 bytes.
         rows = nn.functional.pad(states.reshape(count, -1), (0, 0, 0, -count % GPU_ROWS))
         tokens = nn.functional.pad(response_tokens.reshape(-1), (0, -count % GPU_ROWS))
-        said = _HeadLogprobs.apply(rows, weight, bias, tokens, temperature, kept_bytes, learnt)
+        said = _HeadLogprobs.apply(rows, weight, bias, tokens, temperature, kept_bytes, spare)
         return said[0][:count].view(response_tokens.shape), said[1][:count].view(response_tokens.shape)
-    return _HeadLogprobs.apply(states, weight, bias, response_tokens, temperature, kept_bytes, learnt)
+    return _HeadLogprobs.apply(states, weight, bias, response_tokens, temperature, kept_bytes, spare)
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -166,7 +156,7 @@ class _HeadLogprobs(torch.autograd.Function):
         tokens: Tensor,
         temperature: float,
         kept_bytes: int,
-        learnt: Learnt | None,
+        spare: Spare | None,
     ) -> tuple[Tensor, Tensor]:
         vocabulary = len(weight)
         flat, chosen = states.reshape(-1, states.shape[-1]), tokens.reshape(-1)
@@ -174,7 +164,9 @@ class _HeadLogprobs(torch.autograd.Function):
         keeps = _is_kept(len(flat), vocabulary, states.dtype, kept_bytes) and any(ctx.needs_input_grad)
         entries = _entries_at_once(len(flat), vocabulary, flat.is_cuda)
         seen = RunningSoftmax(chosen, temperature, dtype, GPU_READ_AT_ONCE if flat.is_cuda else READ_AT_ONCE)
-        kept = flat.new_empty(len(flat) * vocabulary) if keeps else None  # exponentials, tile by tile
+        spare = Spare() if spare is None else spare
+        # Exponentials, tile by tile.
+        kept = spare.take("exponentials", [len(flat) * vocabulary], flat) if keeps else None
         tops = []  # of every tile what was subtracted before
         for start in range(0, vocabulary, entries):
             part = slice(start, start + entries)
@@ -183,20 +175,23 @@ class _HeadLogprobs(torch.autograd.Function):
             tops.append(seen.top)
             del logits  # or they would be there while the next are made
         outputs = seen.outputs(tokens.shape)
-        ctx.save_for_backward(flat, weight, bias, chosen, outputs[1], seen.mass, kept, *tops)
-        ctx.temperature, ctx.shape, ctx.learnt = temperature, states.shape, learnt
+        ctx.save_for_backward(flat, weight, bias, chosen, outputs[1], seen.mass, *tops)
+        ctx.temperature, ctx.shape, ctx.kept, ctx.spare = temperature, states.shape, kept, spare
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        flat, weight, bias, chosen, entropy, mass, kept, *tops = ctx.saved_tensors
+        flat, weight, bias, chosen, entropy, mass, *tops = ctx.saved_tensors
+        kept = ctx.kept
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.kept = None
         for_logprobs, for_entropy = token_gradients(entropy, grad_logprobs, grad_entropy, ctx.temperature)
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         # Of many tiles: in half precision their sum would lose what the last ones add.
         grad_states = torch.zeros_like(flat, dtype=mass.dtype) if wants_states else None
-        grad_weight = torch.empty_like(weight) if wants_weight else None
+        grad_weight = ctx.spare.take("gradient", weight.shape, weight) if wants_weight else None
         grad_bias = torch.empty_like(bias) if wants_bias else None
         entries = _entries_at_once(len(flat), len(weight), flat.is_cuda)
         for start, top in zip(range(0, len(weight), entries), tops, strict=True):
@@ -225,6 +220,8 @@ class _HeadLogprobs(torch.autograd.Function):
                 grad_bias[part] = gradient.sum(0)
             del some, gradient
         grad_states = None if grad_states is None else grad_states.to(flat.dtype).view(ctx.shape)
-        if ctx.learnt is not None:
-            ctx.learnt.head = wants_weight
+        if kept is not None:
+            piece = kept.untyped_storage()
+            del kept
+            ctx.spare.give("exponentials", piece)
         return grad_states, grad_weight, grad_bias, None, None, None, None

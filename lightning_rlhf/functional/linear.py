@@ -59,12 +59,13 @@ def is_of_intel() -> bool:
     return str(capabilities.get("cpu_name", "")).startswith("Intel")
 
 
-def suits(x: Tensor, weight: Tensor) -> bool:
+def suits(x: Tensor, weight: Tensor, is_packed: bool = False) -> bool:
     """Whether oneDNN is asked: large products in single precision on a CPU; on Intel's of rows that lie upright.
 
     Args:
         x: (..., in).
         weight: (out, in).
+        is_packed: Whether the weight will be, however it lies.
 
     Returns:
         The answer.
@@ -79,7 +80,7 @@ def suits(x: Tensor, weight: Tensor) -> bool:
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and ((x.stride(-1) == 1 and weight.stride(-1) == 1) or not is_of_intel())
+        and (is_packed or (x.stride(-1) == 1 and weight.stride(-1) == 1) or not is_of_intel())
     )
 
 
@@ -95,6 +96,23 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (..., out).
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def packed(weight: Tensor, rows: int) -> Tensor | None:
+    """A copy of a weight in the order in which oneDNN reads it, which it would otherwise bring about at every product.
+
+    Args:
+        weight: (out, in), of any strides.
+        rows: For how many rows at a time.
+
+    Returns:
+        What :func:`onednn` takes for the weight, and nothing else does; None where oneDNN is not asked.
+    """
+    x = torch.empty(1, device=weight.device, dtype=weight.dtype).expand(rows, weight.shape[1])
+    if not suits(x, weight, is_packed=True):
+        return None
+    copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    return copy
 
 
 class _Product(torch.autograd.Function):

@@ -12,20 +12,13 @@ from torch import Tensor, nn
 
 from lightning_rlhf.functional.head import head_logprobs
 from lightning_rlhf.functional.logprobs import response_logprobs
+from lightning_rlhf.functional.spare import Spare
 from lightning_rlhf.models.adapters import Adapters
 from lightning_rlhf.models.attention import attention_kernels, packs
 from lightning_rlhf.models.blocks import Blocks, find_blocks, hooked, instead
 from lightning_rlhf.models.lookup import sparse_lookup
 from lightning_rlhf.models.outputs import DecoderOutput, Said, same_logits
-from lightning_rlhf.models.reading import (
-    Reading,
-    Responses,
-    first_with_prompt,
-    padded,
-    pays,
-    positions_of,
-    unpadded,
-)
+from lightning_rlhf.models.reading import Reading, Responses, first_with_prompt, padded, pays, positions_of, unpadded
 from lightning_rlhf.models.states import choosing, last
 from lightning_rlhf.models.trunk import Trunk
 
@@ -54,6 +47,7 @@ class Decoder(nn.Module):
         trunk: The frozen blocks below those that train, whose work can be kept; None where there are none, or where
             the model cannot begin in its middle.
         adapters: What trains in its layers, if it was given some.
+        spare: Memory that one pass through the head leaves to the next.
     """
 
     has_encoder = False
@@ -72,6 +66,7 @@ class Decoder(nn.Module):
         self.encoder_blocks: tuple[str, ...] = ()
         self.trunk: Trunk | None = None
         self.adapters: Adapters | None = None
+        self.spare = Spare()
 
     @property
     def width(self) -> int:
@@ -245,10 +240,11 @@ class Decoder(nn.Module):
         tied = sparse_lookup(self.model.get_input_embeddings(), head) if is_plain else nullcontext()
 
         def say(chosen: Tensor) -> Tensor:
-            both = head_logprobs(chosen, head.weight, head.bias, reading.targets, temperature, learnt=learnt)
+            weight = head.weight if shared is None else shared
+            both = head_logprobs(chosen, weight, head.bias, reading.targets, temperature, spare=self.spare)
             return torch.stack(both, dim=-1)
 
-        with hooked(head, choosing(reading, states)), instead(head, say) if is_plain else nullcontext(), tied as learnt:
+        with hooked(head, choosing(reading, states)), instead(head, say) if is_plain else nullcontext(), tied as shared:
             output = self.run(reading)
         if is_plain:
             logprobs, entropy = output.logits.unbind(-1)

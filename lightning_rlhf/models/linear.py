@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_rlhf.functional.linear import product
+from lightning_rlhf.functional.linear import onednn, packed, product
+from lightning_rlhf.models.blocks import instead
 
 
 def speed_up_linears(model: nn.Module) -> None:
@@ -39,3 +43,37 @@ class OneDNNConv1D(Conv1D):
     def forward(self, x: Tensor) -> Tensor:
         """As ``Conv1D``."""
         return product(x, self.weight.t(), self.bias)
+
+
+@contextmanager
+def packed_linears(model: nn.Module, rows: int, but: Sequence[str] = ()) -> Iterator[None]:
+    """Lets linear layers that train read copies of their weights, packed for oneDNN, while these stay the same.
+
+    A step of decoding reads every weight for a few rows, and takes a third less time so. A copy is as large as the
+    weight's gradient, which there is none of while responses are written: it takes no memory that is not needed later.
+
+    Args:
+        model: After :func:`speed_up_linears`.
+        rows: Of a step.
+        but: Names of modules that steps do not run, such as an encoder's blocks.
+    """
+    left_out = tuple(f"{name}." for name in but)
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            is_ours = isinstance(module, OneDNNLinear | OneDNNConv1D) and not f"{name}.".startswith(left_out)
+            if is_ours and module.weight.requires_grad:
+                weight = module.weight if isinstance(module, OneDNNLinear) else module.weight.t()
+                copy = packed(weight, rows)
+                if copy is not None:
+                    stack.enter_context(instead(module, _Packed(copy, module.bias)))
+        yield
+
+
+class _Packed:
+    """What such a layer does meanwhile."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return onednn(x, self.weight, self.bias)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_rlhf.functional.head import Learnt
 from lightning_rlhf.models.blocks import instead
 
 
 @contextmanager
-def sparse_lookup(embedding: nn.Module, head: nn.Module) -> Iterator[Learnt | None]:
+def sparse_lookup(embedding: nn.Module, head: nn.Module) -> Iterator[Tensor | None]:
     """Lets a model look up its embeddings, on a CPU, with a gradient of the rows that it has read alone.
 
     An embedding's gradient is as large as the vocabulary and 0 but for some hundred rows. Where the head has the same
@@ -26,20 +25,20 @@ def sparse_lookup(embedding: nn.Module, head: nn.Module) -> Iterator[Learnt | No
         head: Of the model.
 
     Yields:
-        What the head is to be told; None where the embedding is looked up as ever.
+        The weight for the head to multiply by; None where the embedding is looked up as ever.
     """
     if not (
         isinstance(embedding, nn.Embedding) and type(embedding) is nn.Embedding and _can_be_sparse(embedding, head)
     ):
         yield None
         return
-    weight, learnt = embedding.weight, Learnt()
+    of_head, of_rows = _Tied.apply(embedding.weight)
 
     def look_up(tokens: Tensor) -> Tensor:
-        return _Lookup.apply(weight, tokens, embedding.padding_idx, learnt)
+        return _Lookup.apply(of_rows, tokens, embedding.padding_idx)
 
     with instead(embedding, look_up):
-        yield learnt
+        yield of_head
 
 
 def _can_be_sparse(embedding: nn.Embedding, head: nn.Module) -> bool:
@@ -49,21 +48,34 @@ def _can_be_sparse(embedding: nn.Embedding, head: nn.Module) -> bool:
     return weight is getattr(head, "weight", None) and type(weight) is nn.Parameter and weight.is_cpu and learns
 
 
+class _Tied(torch.autograd.Function):
+    """A weight for the head and for the lookup, where their gradients meet: torch's own sum would be a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_head: Tensor | None, of_rows: Tensor | None) -> Tensor | None:
+        if of_head is None or of_rows is None:
+            return of_head if of_rows is None else of_rows.to_dense()
+        return of_head.index_add_(0, of_rows._indices()[0], of_rows._values())
+
+
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, tokens: Tensor, padding: int | None, learnt: Learnt) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor, padding: int | None) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.shape, ctx.padding, ctx.learnt = weight.shape, padding, learnt
+        ctx.shape, ctx.padding = weight.shape, padding
         return nn.functional.embedding(tokens, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         tokens = ctx.saved_tensors[0].flatten()
         rows = grad.reshape(len(tokens), -1)
         if ctx.padding is not None:
             rows = rows.masked_fill((tokens == ctx.padding)[:, None], 0.0)
-        if ctx.learnt.head:
-            ctx.learnt.head = False
-            return torch.sparse_coo_tensor(tokens[None], rows, ctx.shape, check_invariants=False), None, None, None
-        return rows.new_zeros(ctx.shape).index_add_(0, tokens, rows), None, None, None
+        return torch.sparse_coo_tensor(tokens[None], rows, ctx.shape, check_invariants=False), None, None

@@ -245,6 +245,16 @@ class RLHFModule(BuiltModule):
         if self._end is not None:
             self._end.agree()
 
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Lets gradients go; the memory of the head's, which is the largest, is kept for the next."""
+        decoder = self.policy.decoder
+        gradient = decoder.model.get_output_embeddings().weight.grad if decoder.is_plain else None
+        piece = gradient.untyped_storage() if type(gradient) is Tensor else None
+        del gradient
+        optimizer.zero_grad()
+        if piece is not None:
+            decoder.spare.give("gradient", piece)
+
     def on_train_epoch_start(self) -> None:
         """Begins an epoch, of a resumed run too."""
         go_on_with_a_new_epoch(self.trainer)

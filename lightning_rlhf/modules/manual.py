@@ -139,6 +139,8 @@ class ManualModule(RLHFModule):
             if self._strayed_too_far():
                 break
         self._updates_done = 0
+        self.optimizer_zero_grad(self.trainer.current_epoch, 0, self.optimizers())
+        self.policy.decoder.spare.clear()  # what writes the next responses needs memory too
 
     def update(self, minibatch: Minibatch) -> None:
         """One optimizer step: micro-batches forward and backward, then clip, step, schedule.
@@ -147,7 +149,7 @@ class ManualModule(RLHFModule):
             minibatch: Its micro-batches, with weights.
         """
         optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
+        self.optimizer_zero_grad(self.trainer.current_epoch, self._updates_done, optimizer)
         self._drift.zero_()
         losses: dict[str, list[Tensor]] = {}
         last = len(minibatch.micro_batches) - 1

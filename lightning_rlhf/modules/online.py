@@ -6,6 +6,7 @@ import functools
 import time
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from lightning_rlhf.batches import Experience, PromptBatch, Rollouts, Scores
 from lightning_rlhf.chance import row_uniforms
 from lightning_rlhf.data.base import RLHFDataModule
 from lightning_rlhf.functional.masked import moments, whiten
+from lightning_rlhf.generation.recorder import FEWEST
 from lightning_rlhf.generation.sampling import Sampling, SamplingLike
 from lightning_rlhf.models.loading import ModelLike, ModelSpec, check_frozen
 from lightning_rlhf.modules.networks import OnlineNetworks
@@ -171,7 +173,16 @@ class OnlineModule(OnlineNetworks):
         rows = [((i // group) * world_size() + rank()) * group + i % group for i in range(len(prompts) * group)]
         uniforms = row_uniforms(self.seed, "rollout", (self.iteration,), rows, self.sampling.max_new_tokens)
         trunk_bytes = int(self.trunk_gib * 2**30)
-        return self.respond(prompts, uniforms, self.sampling, self.with_final_values, group, trunk_bytes)
+        with self._packed(len(rows)):
+            return self.respond(prompts, uniforms, self.sampling, self.with_final_values, group, trunk_bytes)
+
+    def _packed(self, rows: int) -> AbstractContextManager[Any]:
+        """The policy's linear layers as oneDNN likes them; where it writes no more than a few tokens, as they are."""
+        from lightning_rlhf.models.linear import packed_linears  # imports transformers, which is there by now
+
+        decoder = self.policy.decoder
+        pays = self.sampling.max_new_tokens >= FEWEST
+        return packed_linears(decoder.model, rows, decoder.encoder_blocks) if pays else nullcontext()
 
     def score(self, rollouts: Rollouts) -> Scores:
         """Calls the rewards on this process's rows. If one fails anywhere, all processes stop.

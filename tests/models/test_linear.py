@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_rlhf.functional import linear
 from lightning_rlhf.functional.linear import onednn, product, suits
-from lightning_rlhf.models.linear import speed_up_linears
+from lightning_rlhf.models.linear import packed_linears, speed_up_linears
 
 
 @pytest.fixture(params=[True, False], ids=["intel", "others"])
@@ -131,3 +131,40 @@ def test_layers_of_another_class_are_left_alone():
     speed_up_linears(model)
     assert type(model[0]) is Special
     assert type(model[1]) is not nn.Linear
+
+
+@pytest.mark.usefixtures("everything_is_large")
+@pytest.mark.parametrize("shape", [(3, 24), (2, 7, 24), (1, 24)])
+def test_packed_layers_say_the_same_while_they_are(shape):
+    for plain, fast in layers():
+        x = torch.randn(shape)
+        model = nn.Sequential(fast)
+        with torch.no_grad(), packed_linears(model, 3):
+            assert "forward" in vars(fast)
+            torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
+        assert "forward" not in vars(fast)
+        with torch.no_grad():
+            fast.weight.zero_()
+        torch.testing.assert_close(
+            model(x), plain(x) - x @ (plain.weight.T if type(plain) is nn.Linear else plain.weight)
+        )
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_only_what_trains_and_is_run_is_packed():
+    model = nn.ModuleDict({"encoder": nn.Linear(24, 40), "frozen": nn.Linear(24, 40), "top": nn.Linear(24, 40)})
+    model["frozen"].requires_grad_(False)
+    model["wide"] = nn.Linear(24, 40).double()
+    speed_up_linears(model)
+    with packed_linears(model, 3, but=["encoder"]):
+        assert [name for name, layer in model.items() if "forward" in vars(layer)] == ["top"]
+    with torch.autocast("cpu", dtype=torch.bfloat16), packed_linears(model, 3):
+        assert not any("forward" in vars(layer) for layer in model.values())
+
+
+def test_small_layers_are_not_packed():
+    model = nn.Sequential(nn.Linear(256, 256))
+    speed_up_linears(model)
+    for rows in (127, 128):
+        with packed_linears(model, rows):
+            assert ("forward" in vars(model[0])) == (rows == 128), "2^23 multiplications"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 from lightning_rlhf.batches import ResponseBatch
@@ -9,7 +10,7 @@ from lightning_rlhf.data.tokens import padded
 from lightning_rlhf.models import decoder as decoders
 from lightning_rlhf.models.encoder_decoder import decoder_of
 from lightning_rlhf.models.heads import ValueHead
-from lightning_rlhf.models.lookup import _Lookup, sparse_lookup
+from lightning_rlhf.models.lookup import _Tied, sparse_lookup
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.probing import probe
 from tests.networks import ARCHITECTURES, PAD, network, random_rows
@@ -55,35 +56,61 @@ def test_gradients_are_those_of_an_ordinary_lookup(name, config, losses, monkeyp
     policy = policy_of(name, **config)
     embedding = policy.decoder.model.get_input_embeddings()
     assert embedding.weight is policy.decoder.model.get_output_embeddings().weight
-    layouts: list[torch.layout] = []
-    backward = _Lookup.backward
-    monkeypatch.setattr(
-        _Lookup, "backward", staticmethod(lambda *args: layouts.append((out := backward(*args))[0].layout) or out)
-    )
+    met: list[tuple[bool, bool]] = []
+    backward = _Tied.backward
+
+    def watched(ctx, of_head, of_rows):
+        met.append((of_head is not None, of_rows.is_sparse))
+        return backward(ctx, of_head, of_rows)
+
+    monkeypatch.setattr(_Tied, "backward", staticmethod(watched))
     found = gradients(policy, losses)
-    expected_layouts = [torch.strided if loss is values else torch.sparse_coo for loss in losses]
-    assert layouts == expected_layouts, "with the head's gradient a sparse one, and alone a dense one"
+    assert met == [(loss is not values, True) for loss in losses]
     assert all(gradient.layout == torch.strided for gradient in found)
     monkeypatch.setattr(decoders, "sparse_lookup", lambda *_: decoders.nullcontext())
     expected = gradients(policy, losses)
-    assert len(layouts) == len(losses)
+    assert len(met) == len(losses)
     assert len(found) == len(expected) > 2
     for mine, theirs in zip(found, expected, strict=True):
         assert_close(mine, theirs, **CLOSE)
+
+
+def test_several_passes_before_one_backward_pass(monkeypatch) -> None:
+    policy = policy_of("gpt2")
+
+    def twice(policy: Policy) -> torch.Tensor:
+        return both(policy) - 0.7 * policy(batch_of()).logprobs[:2].sum() + 0.2 * values(policy)
+
+    found = gradients(policy, (twice,))
+    monkeypatch.setattr(decoders, "sparse_lookup", lambda *_: decoders.nullcontext())
+    for mine, theirs in zip(found, gradients(policy, (twice,)), strict=True):
+        assert_close(mine, theirs, **CLOSE)
+
+
+def test_a_gradient_of_the_head_is_not_copied() -> None:
+    policy = policy_of("gpt2")
+    (weight,) = {policy.decoder.model.get_input_embeddings().weight}
+    both(policy).backward()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        policy.zero_grad()
+        both(policy).backward()
+    shapes = {event.name: event.input_shapes for event in seen.events() if list(weight.shape) in event.input_shapes}
+    assert "aten::index_add_" in shapes
+    assert not {"aten::copy_", "aten::clone", "aten::add", "aten::add_"} & set(shapes)
 
 
 def test_what_fills_rows_up_has_no_gradient() -> None:
     embedding = torch.nn.Embedding(5, 3, padding_idx=2)
     tokens = torch.tensor([[1, 2, 4, 1]])
     for is_learnt in (False, True):
-        with sparse_lookup(embedding, embedding) as learnt:
-            assert learnt is not None
-            learnt.head = is_learnt
-            looked_up = embedding(tokens)
-        (gradient,) = torch.autograd.grad((looked_up * torch.arange(4.0)[None, :, None]).sum(), embedding.weight)
-        assert gradient.is_sparse == is_learnt
+        with sparse_lookup(embedding, embedding) as weight:
+            assert weight is not None
+            loss = (embedding(tokens) * torch.arange(4.0)[None, :, None]).sum() + (
+                weight * torch.full((5, 3), 0.5 * is_learnt)
+            ).sum()
+        (gradient,) = torch.autograd.grad(loss, embedding.weight)
         # Row 1 is read with 0 and 3, row 2 fills up, row 4 is read with 2.
-        assert_close(gradient.to_dense()[:, 0], torch.tensor([0.0, 3.0, 0.0, 0.0, 2.0]))
+        assert_close(gradient[:, 0], torch.tensor([0.0, 3.0, 0.0, 0.0, 2.0]) + 0.5 * is_learnt)
 
 
 def test_it_is_left_alone_where_it_would_not_help() -> None:
@@ -98,10 +125,10 @@ def test_it_is_left_alone_where_it_would_not_help() -> None:
     scaled = Scaled(5, 3)
     cases.append((scaled, scaled))
     for given, its_head in cases:
-        with sparse_lookup(given, its_head) as learnt:
-            assert learnt is None
-    with torch.no_grad(), sparse_lookup(embedding, embedding) as learnt:
-        assert learnt is None
+        with sparse_lookup(given, its_head) as weight:
+            assert weight is None
+    with torch.no_grad(), sparse_lookup(embedding, embedding) as weight:
+        assert weight is None
 
 
 def test_what_one_backward_pass_has_come_to_another_has_not() -> None:

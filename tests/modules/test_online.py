@@ -10,7 +10,10 @@ from torch.utils.data import DataLoader
 from lightning_rlhf import PPOModule, PromptDataModule
 from lightning_rlhf.batches import PromptBatch
 from lightning_rlhf.data.tokens import padded
+from lightning_rlhf.functional import linear, spare
+from lightning_rlhf.functional.spare import Spare
 from lightning_rlhf.models.reference import fingerprint
+from lightning_rlhf.modules import online
 from tests.networks import PAD, network, tiny_gpt2, word_tokenizer
 from tests.training import PROMPTS, Seen, bare_trainer, fit, module_of, share_of_early_letters, weights
 
@@ -361,3 +364,60 @@ def test_rewards_are_normalised_by_name_and_logged_as_they_were_given(which):
     assert learnt[0].total.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
     assert seen.metrics[0]["reward/late"] == pytest.approx(float(given["late"].mean()), rel=1e-6)
     assert seen.metrics[0]["reward/mean"] == pytest.approx(float((first + 0.5 * given["late"]).mean()), rel=1e-6)
+
+
+# --- memory and order of what is large --------------------------------------------------------------------------------
+
+
+def test_rollouts_read_packed_weights_and_come_to_the_same(monkeypatch):
+    monkeypatch.setattr(linear, "SMALLEST", 0)
+    found, packs = [], []
+    pack = linear.packed
+    monkeypatch.setattr("lightning_rlhf.models.linear.packed", lambda *given: packs.append(given) or pack(*given))
+    for fewest in (10**6, 1):
+        monkeypatch.setattr(online, "FEWEST", fewest)
+        seen, module = Seen(), ppo()
+        fit(module, iterations=2, callbacks=[seen])
+        assert not any("forward" in vars(layer) for layer in module.policy.modules())
+        found.append((seen.experiences, weights(module)))
+        assert bool(packs) == (fewest == 1)
+    (plain, plain_weights), (packed, packed_weights) = found
+    for mine, theirs in zip(packed, plain, strict=True):
+        assert torch.equal(mine.response_tokens, theirs.response_tokens)
+        torch.testing.assert_close(mine.old_logprobs, theirs.old_logprobs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed_weights, plain_weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
+def test_memory_that_is_used_again_changes_nothing(monkeypatch, micro_batch_size):
+    found, taken = [], []
+    for smallest in (10**9, 0):
+        monkeypatch.setattr(spare, "SMALLEST", smallest)
+        module = ppo(micro_batch_size=micro_batch_size, ent_coef=0.1)
+        give = Spare.give
+        monkeypatch.setattr(Spare, "give", lambda *a, give=give: (give(*a), taken.append((a[1], a[1] in a[0]._pieces))))
+        fit(module, iterations=2)
+        monkeypatch.setattr(Spare, "give", give)
+        found.append(weights(module))
+        assert not module.policy.decoder.spare._pieces
+        assert all(parameter.grad is None for parameter in module.parameters())
+        assert {use for use, is_kept in taken if is_kept} == (set() if smallest else {"exponentials", "gradient"})
+    assert torch.equal(*found)
+
+
+def test_a_gradient_that_somebody_keeps_stays_what_it_was(monkeypatch):
+    monkeypatch.setattr(spare, "SMALLEST", 0)
+
+    class Keeps(Callback):
+        def __init__(self):
+            self.kept, self.copies = [], []
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            gradient = module.policy.decoder.model.get_output_embeddings().weight.grad
+            self.kept.append(gradient)
+            self.copies.append(gradient.clone())
+
+    keeps = Keeps()
+    fit(ppo(max_grad_norm=1e9), iterations=2, callbacks=[keeps])
+    assert len(keeps.kept) > 2
+    assert all(map(torch.equal, keeps.kept, keeps.copies))
