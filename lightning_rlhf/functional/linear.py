@@ -74,7 +74,7 @@ def suits(x: Tensor, weight: Tensor, is_packed: bool = False) -> bool:
         x.dtype is torch.float32
         and weight.dtype is torch.float32
         and x.device.type == "cpu"
-        and x.numel() * weight.shape[0] >= SMALLEST
+        and is_large(x.numel() // max(1, x.shape[-1]), weight)
         and type(weight) in (Tensor, nn.Parameter)
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
@@ -82,6 +82,19 @@ def suits(x: Tensor, weight: Tensor, is_packed: bool = False) -> bool:
         and not torch.compiler.is_compiling()
         and (is_packed or (x.stride(-1) == 1 and weight.stride(-1) == 1) or not is_of_intel())
     )
+
+
+def is_large(rows: int, weight: Tensor) -> bool:
+    """Whether a product is large enough for oneDNN.
+
+    Args:
+        rows: That are multiplied.
+        weight: (out, in).
+
+    Returns:
+        The answer.
+    """
+    return rows * weight.numel() >= SMALLEST
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -98,19 +111,29 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def packed(weight: Tensor, rows: int) -> Tensor | None:
-    """A copy of a weight in the order in which oneDNN reads it, which it would otherwise bring about at every product.
+def packs(weight: Tensor, rows: int) -> bool:
+    """Whether a copy of a weight for :func:`onednn` alone is worth while.
 
     Args:
         weight: (out, in), of any strides.
-        rows: For how many rows at a time.
+        rows: That are multiplied by it at a time.
 
     Returns:
-        What :func:`onednn` takes for the weight, and nothing else does; None where oneDNN is not asked.
+        The answer.
     """
-    x = torch.empty(1, device=weight.device, dtype=weight.dtype).expand(rows, weight.shape[1])
-    if not suits(x, weight, is_packed=True):
-        return None
+    return suits(weight.new_empty(1).expand(rows, weight.shape[1]), weight, is_packed=True)
+
+
+def packed(weight: Tensor, rows: int) -> Tensor:
+    """Such a copy, in the order in which oneDNN reads a weight, which it would otherwise bring about at every product.
+
+    Args:
+        weight: (out, in), of any strides.
+        rows: That are multiplied by it at a time.
+
+    Returns:
+        What :func:`onednn` takes for the weight, and nothing else does.
+    """
     copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
     return copy
 

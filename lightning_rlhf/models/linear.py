@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_rlhf.functional.linear import onednn, packed, product
+from lightning_rlhf.functional.linear import is_large, onednn, packed, packs, product
 from lightning_rlhf.models.blocks import instead
 
 
@@ -57,16 +59,35 @@ def packed_linears(model: nn.Module, rows: int, but: Sequence[str] = ()) -> Iter
         rows: Of a step.
         but: Names of modules that steps do not run, such as an encoder's blocks.
     """
-    left_out = tuple(f"{name}." for name in but)
     with ExitStack() as stack:
-        for name, module in model.named_modules():
-            is_ours = isinstance(module, OneDNNLinear | OneDNNConv1D) and not f"{name}.".startswith(left_out)
-            if is_ours and module.weight.requires_grad:
-                weight = module.weight if isinstance(module, OneDNNLinear) else module.weight.t()
-                copy = packed(weight, rows)
-                if copy is not None:
-                    stack.enter_context(instead(module, _Packed(copy, module.bias)))
+        for module, weight in _that_train(model, but):
+            if packs(weight, rows):
+                stack.enter_context(instead(module, _Packed(packed(weight, rows), module.bias)))
         yield
+
+
+def packed_bytes(model: nn.Module, rows: int, but: Sequence[str] = ()) -> int:
+    """Memory that :func:`packed_linears` takes, in single precision on a CPU.
+
+    Args:
+        model: As there; it need not have numbers.
+        rows: As there.
+        but: As there.
+
+    Returns:
+        The bytes.
+    """
+    weights = [weight for _, weight in _that_train(model, but) if is_large(rows, weight)]
+    return sum(weight.numel() * weight.element_size() for weight in weights if weight.dtype is torch.float32)
+
+
+def _that_train(model: nn.Module, but: Sequence[str]) -> Iterator[tuple[Any, Tensor]]:
+    """Linear layers, and their weights, (out, in)."""
+    left_out = tuple(f"{name}." for name in but)
+    for name, module in model.named_modules():
+        is_known = type(module) in (OneDNNLinear, OneDNNConv1D, nn.Linear, Conv1D)
+        if is_known and module.weight.requires_grad and not f"{name}.".startswith(left_out):
+            yield module, module.weight.t() if isinstance(module, Conv1D) else module.weight
 
 
 class _Packed:

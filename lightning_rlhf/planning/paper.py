@@ -9,35 +9,41 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.functional.head import head_bytes
+from lightning_rlhf.functional.spare import SMALLEST
 from lightning_rlhf.models.cache import RoomyLayer, columns_at
 from lightning_rlhf.models.fixed_cache import FixedCache
 from lightning_rlhf.planning.live import Live
 
 ACTIVATIONS, LOGITS, CACHE, GRADIENTS = "activations", "logits", "cache", "gradients"
+PACKED = "packed weights"
 
 
 class HeadOnPaper(torch.autograd.Function):
     """Allocates what :func:`head_logprobs` does, in as few operators as it takes."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, live: Live, is_gpu: bool) -> Tensor:
-        """Returns a number for each state, in the place of its log-prob."""
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, live: Live, spare: list[Tensor] | None
+    ) -> Tensor:
+        """Returns a number for each state, in the place of its log-prob; ``spare`` is None on a GPU."""
         tokens, (vocabulary, width) = states.shape[:-1].numel(), weight.shape
         learns, trains = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         kept, logits, ctx.at_once = head_bytes(
-            tokens, vocabulary, width, states.dtype, trains=trains, learns=learns, is_gpu=is_gpu
+            tokens, vocabulary, width, states.dtype, trains=trains, learns=learns, is_gpu=spare is None
         )
         with live.labelled(LOGITS):
             softmax = _memory(kept)
             _moment(logits)
         ctx.save_for_backward(states, weight, bias, softmax)
-        ctx.live = live
+        ctx.live, ctx.spare = live, spare
         return states.new_zeros(*states.shape[:-1], 1, dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         """Makes gradients of states and weights."""
-        *inputs, _ = ctx.saved_tensors
+        *inputs, softmax = ctx.saved_tensors
+        if ctx.spare is not None and softmax.nbytes >= SMALLEST:
+            ctx.spare[:] = [softmax]  # for the next pass
         grad_states = torch.zeros_like(inputs[0]) if ctx.needs_input_grad[0] else None
         with ctx.live.labelled(GRADIENTS):
             wanted = zip(inputs[1:], ctx.needs_input_grad[1:3], strict=True)

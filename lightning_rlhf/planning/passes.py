@@ -25,6 +25,7 @@ from lightning_rlhf.planning.paper import (
     CACHE,
     GRADIENTS,
     LOGITS,
+    PACKED,
     HeadOnPaper,
     SoftmaxOnPaper,
     fixed,
@@ -57,6 +58,8 @@ class Passes:
         self.head: Any = self.decoder.model.get_output_embeddings()
         self.is_plain = self._is_plain()
         self.recorded = 0  # bytes of the cache that steps of a rollout are recorded on
+        self.left = 0  # bytes that a backward pass leaves to the next
+        self.spare: list[Tensor] = []  # that which has them
 
     def update(self, rows: Rows, in_forward: bool, in_backward: bool) -> Counter[str]:
         """Forward and backward pass of a micro-batch.
@@ -82,6 +85,8 @@ class Passes:
             self._gradients(live, trained, False)
         for hook in hooks:
             hook.remove()
+        self.left = sum(tensor.nbytes for tensor in self.spare)
+        self.spare.clear()
         return live.peak
 
     def scoring(self, rows: Rows) -> Counter[str]:
@@ -154,7 +159,16 @@ class Passes:
             # What the prompt was read into is still there when the first step is made.
             size = self.recorded + fixed(cache, read) if self.recorded else size
         step = Counter({CACHE: size, LOGITS: drawing, ACTIVATIONS: passing})
-        return max(prompts, step, key=Counter.total)
+        return max(prompts, step, key=Counter.total) + self._packed(count, sampling)
+
+    def _packed(self, rows: int, sampling: Sampling) -> Counter[str]:
+        """Copies of weights that a step reads, on a CPU."""
+        from lightning_rlhf.models.linear import packed_bytes  # imports transformers, which is there by now
+
+        is_plain = not (self.placement.is_gpu or self.placement.is_sharded)
+        if not is_plain or self.placement.precision.endswith("mixed") or sampling.max_new_tokens < FEWEST:
+            return Counter()
+        return Counter({PACKED: packed_bytes(self.decoder.model, rows, self.decoder.encoder_blocks)})
 
     def trunk_bytes(self, rows: Rows) -> int:
         """What frozen blocks made of texts, where it can be kept.
@@ -188,7 +202,8 @@ class Passes:
             if torch.is_autocast_enabled("cpu"):
                 dtype = torch.get_autocast_dtype("cpu")
                 states, weight = states.to(dtype), weight.to(dtype)
-            return HeadOnPaper.apply(states[:, -rows.response :], weight, bias, live, self.placement.is_gpu)
+            spare = None if self.placement.is_gpu else self.spare
+            return HeadOnPaper.apply(states[:, -rows.response :], weight, bias, live, spare)
 
         value = self.network.value if with_values else None
         branch = value if isinstance(value, ValueBranch | ValueAdapter) else None

@@ -12,7 +12,7 @@ from lightning_rlhf.modules.critics import ActorCriticModule
 from lightning_rlhf.modules.online import OnlineModule
 from lightning_rlhf.planning import gathering
 from lightning_rlhf.planning.networks import Networks
-from lightning_rlhf.planning.paper import ACTIVATIONS, CACHE, GRADIENTS, LOGITS
+from lightning_rlhf.planning.paper import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, PACKED
 from lightning_rlhf.planning.passes import Passes, scored
 from lightning_rlhf.planning.placement import Placement
 from lightning_rlhf.planning.rows import Rows
@@ -21,7 +21,7 @@ from lightning_rlhf.planning.updates import optimizer_bytes
 POLICY, VALUE, REFERENCE, REWARD = "policy", "values", "reference", "reward model"
 OPTIMIZER, EXCHANGE, GATHERED, TRUNK = "optimizer", "exchange of gradients", "gathered weights", "kept trunk"
 STANDING = (POLICY, VALUE, REFERENCE, REWARD, GRADIENTS, OPTIMIZER)
-PARTS = (*STANDING, EXCHANGE, GATHERED, TRUNK, CACHE, ACTIVATIONS, LOGITS)
+PARTS = (*STANDING, EXCHANGE, GATHERED, PACKED, TRUNK, CACHE, ACTIVATIONS, LOGITS)
 """What memory is for, in the order of the table."""
 GENERATE, SCORE, BACKWARD, STEP = "generate", "score", "backward", "step"
 """Phases of an iteration, in their order; an offline module has the last two."""
@@ -98,10 +98,11 @@ class Plan:
         if isinstance(module, OnlineModule):
             trunk = _trunk(passes, batches, module.trunk_gib)
             rollout = passes.rollout(batches.prompts, module.responses_per_prompt, module.sampling)
-            phases[GENERATE] = held + trunk + writing + rollout
+            phases[GENERATE] = _without_gradients(held) + trunk + writing + rollout
             # What steps were recorded on stays on a GPU, unless it is large.
             held += Counter({CACHE: passes.recorded if passes.recorded <= KEPT_BYTES else 0})
-            phases[SCORE] = held + trunk + _scoring(module, networks, batches, passes, reading)
+            scoring = _scoring(module, networks, batches, passes, reading)
+            phases[SCORE] = _without_gradients(held) + trunk + scoring
             trunk += Counter({TRUNK: passes.trunk_bytes(batches.minibatch) if trunk else 0})  # a copy, in pieces
         update = passes.update(batches.micro, *batches.finds_gradients(module, placement))
         before = held.copy()
@@ -110,7 +111,7 @@ class Plan:
         else:
             del before[GRADIENTS]  # they come one by one, unless they were there before
         phases[BACKWARD] = before + trunk + running + exchange + update
-        phases[STEP] = held + trunk + Counter({OPTIMIZER: at_once})
+        phases[STEP] = held + trunk + Counter({OPTIMIZER: at_once, LOGITS: passes.left})
         return cls(phases, batches.facts(module, networks))
 
 
@@ -138,6 +139,11 @@ def standing(module: RLHFModule, networks: Networks, placement: Placement) -> tu
         OPTIMIZER: state,
     }
     return Counter(held), at_once
+
+
+def _without_gradients(held: Counter[str]) -> Counter[str]:
+    """What is there while responses are written and scored."""
+    return Counter({part: size for part, size in held.items() if part != GRADIENTS})
 
 
 def _gathered_in_scoring(networks: Networks, placement: Placement) -> dict[str, Counter[str]]:

@@ -8,18 +8,21 @@ import bitsandbytes
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, GPT2ForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
 from lightning_rlhf import GRPOModule, ModelSpec, PPOModule, RewardModel, RewardModule
 from lightning_rlhf.batches import ImitationBatch
+from lightning_rlhf.functional import linear, spare
 from lightning_rlhf.generation import recorder
 from lightning_rlhf.generation.sampling import draw
 from lightning_rlhf.models.adapters import VALUE as VALUE_ADAPTER
 from lightning_rlhf.modules.optimization import make_optimizer
+from lightning_rlhf.planning import paper
 from lightning_rlhf.planning import plan as planning
 from lightning_rlhf.planning.gathering import exchanged, while_writing
 from lightning_rlhf.planning.live import Live
 from lightning_rlhf.planning.networks import Networks
-from lightning_rlhf.planning.paper import ACTIVATIONS, CACHE, GRADIENTS
+from lightning_rlhf.planning.paper import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, PACKED
 from lightning_rlhf.planning.passes import Passes
 from lightning_rlhf.planning.placement import Placement
 from lightning_rlhf.planning.plan import (
@@ -482,6 +485,51 @@ def test_on_a_gpu_the_cache_that_steps_are_recorded_on_stays(monkeypatch):
         assert others[SCORE][CACHE] == others[STEP][CACHE] == 0
     monkeypatch.setattr(planning, "KEPT_BYTES", kept - 1)
     assert held(Placement())[STEP][CACHE] == 0
+
+
+@pytest.mark.parametrize("way", ["full", "top"])
+def test_exponentials_that_a_pass_leaves_to_the_next_are_there_until_then(way, monkeypatch):
+    for module in (spare, paper):
+        monkeypatch.setattr(module, "SMALLEST", 0)
+    rows = Rows(3, 5, 7)
+    made = module_of(PPOModule, ModelSpec(deep("gpt2"), **WAYS[way]), optimizer=None)
+    planned = planned_pass(made, rows)
+    assert planned.total() == pytest.approx(real_pass(made, rows), rel=0.02)
+    exponentials = 3 * 7 * VOCABULARY * 4
+    monkeypatch.setattr(paper, "SMALLEST", exponentials)
+    left = Plan.of(made, ONE, replace(SIZES, batch=1)).bytes[STEP][LOGITS]
+    assert left == 0, "too little to be kept"
+    monkeypatch.setattr(paper, "SMALLEST", 0)
+    response = made.sampling.max_new_tokens
+    assert Plan.of(made, ONE, replace(SIZES, batch=1)).bytes[STEP][LOGITS] == response * VOCABULARY * 4
+    assert Plan.of(made, replace(ONE, is_gpu=True), replace(SIZES, batch=1)).bytes[STEP][LOGITS] == 0
+
+
+def test_copies_that_are_packed_for_a_cpu_take_the_place_of_gradients(monkeypatch):
+    monkeypatch.setattr(linear, "SMALLEST", 0)
+
+    def held(placement=ONE, most=recorder.FEWEST, **spec):
+        spec = ModelSpec(deep("gpt2"), **spec)
+        return Plan.of(module_of(PPOModule, spec, sampling={"max_new_tokens": most}, optimizer=None), placement, SIZES)
+
+    plan = held()
+    assert plan.bytes[GENERATE][GRADIENTS] == plan.bytes[SCORE][GRADIENTS] == 0
+    assert plan.bytes[STEP][GRADIENTS] > 0
+    module = build(module_of(PPOModule, deep("gpt2"), optimizer=None))
+    model = module.policy.decoder.model
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
+    assert plan.bytes[GENERATE][PACKED] == size([layer.weight for layer in layers])
+    assert 0 < held(num_layers_unfrozen=1).bytes[GENERATE][PACKED] < plan.bytes[GENERATE][PACKED] / 2
+    for other in (
+        held(replace(ONE, is_gpu=True)),
+        held(Placement(2, "sharded", is_gpu=False)),
+        held(replace(ONE, precision="bf16-mixed")),
+        held(replace(ONE, precision="bf16-true")),
+        held(most=recorder.FEWEST - 1),
+    ):
+        assert other.bytes[GENERATE][PACKED] == 0
+    monkeypatch.undo()
+    assert held().bytes[GENERATE][PACKED] == 0, "too small to be worth it"
 
 
 def test_an_offline_module_only_learns():
