@@ -110,7 +110,7 @@ def plain_adapter(adapter: AdapterLike) -> str | dict[str, Any] | None:
     return json.loads(json.dumps(dict(fields), default=lambda value: getattr(value, "value", None) or sorted(value)))
 
 
-def beginning_at_nothing(config: PeftConfig, inference_mode: bool = False) -> PeftConfig:
+def begun_at_nothing(config: PeftConfig, inference_mode: bool = False) -> PeftConfig:
     """The config of an adapter that is about to be loaded: PiSSA and its like would change the model at once.
 
     Args:

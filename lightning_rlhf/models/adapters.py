@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_rlhf.models.adapter_configs import (
-    AdapterLike,
-    adapter_config,
-    beginning_at_nothing,
-    changes_model,
-    reading,
-)
+from lightning_rlhf.models.adapter_configs import AdapterLike, adapter_config, begun_at_nothing, changes_model, reading
 from lightning_rlhf.models.export import plain_model
 
 if TYPE_CHECKING:
@@ -46,6 +40,8 @@ class Adapters:
     def __init__(self, model: PreTrainedModel, adapter: AdapterLike) -> None:
         from peft import PeftModel, get_peft_model
 
+        from lightning_rlhf.models.lora import fuse_adapters  # imports peft
+
         config = adapter_config(adapter, model.config.is_encoder_decoder)
         more = {}
         if model.get_output_embeddings() is None:  # it writes nothing, and PEFT is to leave its head alone
@@ -60,6 +56,7 @@ class Adapters:
                 self.peft = PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu", **more)
             else:
                 self.peft = get_peft_model(model, config)
+        fuse_adapters(model)
         self.on: str | None = TRAINED
         self.updates = 0
         self._check(own)
@@ -145,7 +142,7 @@ class Adapters:
             source: The reward's folder that it is from, for errors.
         """
         with self._same_flags(), reading(source, "reward"):
-            self.peft.add_adapter(name, beginning_at_nothing(config, inference_mode=True))
+            self.peft.add_adapter(name, begun_at_nothing(config, inference_mode=True))
             self._load(self.peft, state, name)
             self.peft.set_adapter(TRAINED)
 
@@ -279,7 +276,7 @@ class Adapters:
         second = plain_model(self.model, self.model.state_dict() if weights is None else weights)
         state = self.state(weights)
         with reading(None):
-            peft = get_peft_model(second, beginning_at_nothing(self.config))
+            peft = get_peft_model(second, begun_at_nothing(self.config))
             self._load(peft, state, TRAINED)
         return peft.merge_and_unload()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_rlhf.models.adapter_configs import adapter_config, beginning_at_nothing
+from lightning_rlhf.models.adapter_configs import adapter_config, begun_at_nothing
 from lightning_rlhf.models.adapters import Adapters
 from lightning_rlhf.models.headed import HeadedModel
 from lightning_rlhf.models.loading import ModelSpec, _auto_class, check_folder
@@ -126,7 +126,7 @@ def adapted(model: PreTrainedModel, spec: ModelSpec) -> Adapters | None:
     was_trained = isinstance(adapter, str | os.PathLike)
     if isinstance(adapter, str | os.PathLike):
         check_folder(os.fspath(adapter), "adapter")
-        adapter = beginning_at_nothing(adapter_config(adapter))
+        adapter = begun_at_nothing(adapter_config(adapter))
     with torch.device("meta"):
         adapters = Adapters(model, adapter)
     adapters.was_trained = was_trained

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_rlhf.models.adapter_configs import adapter_config, beginning_at_nothing
+from lightning_rlhf.models.adapter_configs import adapter_config, begun_at_nothing
 from lightning_rlhf.models.adapters import VALUE, Adapters
 from lightning_rlhf.models.branches import ValueAdapter, ValueBranch, lower_blocks
 from lightning_rlhf.models.critics import Critic, check_ranks, check_weights, is_classifier, score_of
@@ -38,7 +38,7 @@ def put_beside(module: RLHFModule, adapters: Adapters | None) -> bool:
     adapter = module.critic_spec.adapter
     if isinstance(adapter, str | os.PathLike):  # whose weights are not read
         check_folder(os.fspath(adapter), "critic.adapter")
-        adapter = beginning_at_nothing(adapter_config(adapter))
+        adapter = begun_at_nothing(adapter_config(adapter))
     return module.shares_model(adapters, adapter)
 
 
