@@ -194,12 +194,23 @@ class _HeadLogprobs(torch.autograd.Function):
         grad_weight = ctx.spare.take("gradient", weight.shape, weight) if wants_weight else None
         grad_bias = torch.empty_like(bias) if wants_bias else None
         entries = _entries_at_once(len(flat), len(weight), flat.is_cuda)
+        reads_kept = kept is not None and for_entropy is None
         for start, top in zip(range(0, len(weight), entries), tops, strict=True):
             part = slice(start, start + entries)
             if kept is not None:
                 some = _tile(kept, (len(flat), len(weight[part])), start)
                 scale = (top - tops[-1]).exp_().div_(mass)
-            else:
+            if reads_kept:  # as they are: products are scaled, which are smaller
+                rate = scale[:, None] * -for_logprobs
+                if grad_states is not None:
+                    grad_states.addcmul_(product(some, weight[part].t()), rate)
+                if grad_weight is not None:
+                    product_into(grad_weight[part], some.t(), (rate * flat).t())
+                if grad_bias is not None:
+                    grad_bias[part] = some.t() @ rate.squeeze(1)
+                del some
+                continue
+            if kept is None:
                 some = product(flat, weight[part], None if bias is None else bias[part]).to(mass.dtype)
                 some = exponentials(some, tops[-1], ctx.temperature)
                 scale = mass.reciprocal()
@@ -219,6 +230,13 @@ class _HeadLogprobs(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias[part] = gradient.sum(0)
             del some, gradient
+        if reads_kept:  # and what the tokens themselves add
+            if grad_states is not None:
+                grad_states.addcmul_(weight[chosen], for_logprobs)
+            if grad_weight is not None:
+                grad_weight.index_add_(0, chosen, for_logprobs * flat)
+            if grad_bias is not None:
+                grad_bias.index_add_(0, chosen, for_logprobs.squeeze(1))
         grad_states = None if grad_states is None else grad_states.to(flat.dtype).view(ctx.shape)
         if kept is not None:
             piece = kept.untyped_storage()

@@ -180,9 +180,12 @@ class OnlineModule(OnlineNetworks):
         """The policy's linear layers as oneDNN likes them; where it writes no more than a few tokens, as they are."""
         from lightning_rlhf.models.linear import packed_linears  # imports transformers, which is there by now
 
-        decoder = self.policy.decoder
-        pays = self.sampling.max_new_tokens >= FEWEST
-        return packed_linears(decoder.model, rows, decoder.encoder_blocks) if pays else nullcontext()
+        decoder, length = self.policy.decoder, self.sampling.max_new_tokens
+        if length < FEWEST:
+            return nullcontext()
+        tokens = min(rows, self.micro_batch_size or self.minibatch_size) * length
+        tokens = min(tokens, self.micro_batch_tokens or tokens)
+        return packed_linears(decoder.model, rows, tokens, decoder.encoder_blocks)
 
     def score(self, rollouts: Rollouts) -> Scores:
         """Calls the rewards on this process's rows. If one fails anywhere, all processes stop.

@@ -118,13 +118,14 @@ class Passes:
                 branch.alone(self.decoder, reading(self.decoder, rows))
         return live.peak
 
-    def rollout(self, rows: Rows, group: int, sampling: Sampling) -> Counter[str]:
+    def rollout(self, rows: Rows, group: int, sampling: Sampling, learnt: int = 0) -> Counter[str]:
         """Reading of prompts, and the last step of writing, when the cache is longest.
 
         Args:
             rows: Prompts of an iteration, and the longest response.
             group: Responses to each prompt.
             sampling: How tokens are drawn.
+            learnt: Tokens of responses that a backward pass learns from.
 
         Returns:
             Bytes by what they are for, when they are most.
@@ -159,16 +160,16 @@ class Passes:
             # What the prompt was read into is still there when the first step is made.
             size = self.recorded + fixed(cache, read) if self.recorded else size
         step = Counter({CACHE: size, LOGITS: drawing, ACTIVATIONS: passing})
-        return max(prompts, step, key=Counter.total) + self._packed(count, sampling)
+        return max(prompts, step, key=Counter.total) + self._packed(count, sampling, learnt)
 
-    def _packed(self, rows: int, sampling: Sampling) -> Counter[str]:
+    def _packed(self, rows: int, sampling: Sampling, learnt: int) -> Counter[str]:
         """Copies of weights that a step reads, on a CPU."""
         from lightning_rlhf.models.linear import packed_bytes  # imports transformers, which is there by now
 
         is_plain = not (self.placement.is_gpu or self.placement.is_sharded)
         if not is_plain or self.placement.precision.endswith("mixed") or sampling.max_new_tokens < FEWEST:
             return Counter()
-        return Counter({PACKED: packed_bytes(self.decoder.model, rows, self.decoder.encoder_blocks)})
+        return Counter({PACKED: packed_bytes(self.decoder.model, rows, learnt, self.decoder.encoder_blocks)})
 
     def trunk_bytes(self, rows: Rows) -> int:
         """What frozen blocks made of texts, where it can be kept.

@@ -97,7 +97,8 @@ class Plan:
         trunk: Counter[str] = Counter()
         if isinstance(module, OnlineModule):
             trunk = _trunk(passes, batches, module.trunk_gib)
-            rollout = passes.rollout(batches.prompts, module.responses_per_prompt, module.sampling)
+            learnt = batches.micro.count * batches.micro.response
+            rollout = passes.rollout(batches.prompts, module.responses_per_prompt, module.sampling, learnt)
             phases[GENERATE] = _without_gradients(held) + trunk + writing + rollout
             # What steps were recorded on stays on a GPU, unless it is large.
             held += Counter({CACHE: passes.recorded if passes.recorded <= KEPT_BYTES else 0})

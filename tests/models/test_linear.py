@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_rlhf.functional import linear
 from lightning_rlhf.functional.linear import onednn, product, suits
-from lightning_rlhf.models.linear import packed_linears, speed_up_linears
+from lightning_rlhf.models.linear import packed_bytes, packed_linears, speed_up_linears
 
 
 @pytest.fixture(params=[True, False], ids=["intel", "others"])
@@ -133,38 +133,73 @@ def test_layers_of_another_class_are_left_alone():
     assert type(model[1]) is not nn.Linear
 
 
+class Model(nn.Module):
+    """Some layers, the last of which is a head over eight words."""
+
+    def __init__(self, **layers):
+        super().__init__()
+        self.layers = nn.ModuleDict({**layers, "head": nn.Linear(24, 8)})
+
+    def get_output_embeddings(self):
+        return self.layers["head"]
+
+    @property
+    def packed(self):
+        return [name for name, layer in self.layers.items() if "forward" in vars(layer)]
+
+
 @pytest.mark.usefixtures("everything_is_large")
 @pytest.mark.parametrize("shape", [(3, 24), (2, 7, 24), (1, 24)])
 def test_packed_layers_say_the_same_while_they_are(shape):
     for plain, fast in layers():
         x = torch.randn(shape)
-        model = nn.Sequential(fast)
-        with torch.no_grad(), packed_linears(model, 3):
+        with torch.no_grad(), packed_linears(Model(fast=fast), 3, 10):
             assert "forward" in vars(fast)
-            torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-5)
         assert "forward" not in vars(fast)
         with torch.no_grad():
             fast.weight.zero_()
-        torch.testing.assert_close(
-            model(x), plain(x) - x @ (plain.weight.T if type(plain) is nn.Linear else plain.weight)
-        )
+        without = plain(x) - x @ (plain.weight.T if type(plain) is nn.Linear else plain.weight)
+        torch.testing.assert_close(fast(x), without, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("everything_is_large")
-def test_only_what_trains_and_is_run_is_packed():
-    model = nn.ModuleDict({"encoder": nn.Linear(24, 40), "frozen": nn.Linear(24, 40), "top": nn.Linear(24, 40)})
-    model["frozen"].requires_grad_(False)
-    model["wide"] = nn.Linear(24, 40).double()
+def test_only_what_is_run_in_single_precision_is_packed():
+    model = Model(encoder=nn.Linear(24, 40), top=nn.Linear(24, 40), wide=nn.Linear(24, 40).double())
     speed_up_linears(model)
-    with packed_linears(model, 3, but=["encoder"]):
-        assert [name for name, layer in model.items() if "forward" in vars(layer)] == ["top"]
-    with torch.autocast("cpu", dtype=torch.bfloat16), packed_linears(model, 3):
-        assert not any("forward" in vars(layer) for layer in model.values())
+    with packed_linears(model, 3, 10**6, but=["layers.encoder"]):
+        assert model.packed == ["top", "head"]
+    with torch.autocast("cpu", dtype=torch.bfloat16), packed_linears(model, 3, 10**6):
+        assert not model.packed
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_copies_take_no_more_than_gradients_and_what_the_head_keeps():
+    model = Model(a=nn.Linear(24, 40), b=nn.Linear(24, 40), c=nn.Linear(24, 40)).requires_grad_(False)
+    speed_up_linears(model)
+    layer, head = 24 * 40 * 4, 24 * 8 * 4
+    # A token's exponentials are those of eight words.
+    for tokens, expected in [
+        (0, []),
+        (layer // 32 - 1, ["head"]),
+        (layer // 32, ["a"]),
+        ((2 * layer + head) // 32, ["a", "b", "head"]),
+    ]:
+        with packed_linears(model, 3, tokens):
+            assert model.packed == expected
+        sizes = {"head": head}
+        assert packed_bytes(model, 3, tokens) == sum(sizes.get(name, layer) for name in expected)
+    model.layers["c"].requires_grad_(True)
+    with packed_linears(model, 3, 0):
+        assert model.packed == ["a"], "as much memory as its gradient takes, of whichever layer"
+    model.requires_grad_(True)
+    with packed_linears(model, 3, 0):
+        assert model.packed == ["a", "b", "c", "head"]
 
 
 def test_small_layers_are_not_packed():
-    model = nn.Sequential(nn.Linear(256, 256))
+    model = Model(large=nn.Linear(256, 256))
     speed_up_linears(model)
     for rows in (127, 128):
-        with packed_linears(model, rows):
-            assert ("forward" in vars(model[0])) == (rows == 128), "2^23 multiplications"
+        with packed_linears(model, rows, 10**6):
+            assert model.packed == ["large"] * (rows == 128), "2^23 multiplications"
