@@ -92,9 +92,11 @@ class TextModule(Remembering, L.LightningModule, ABC):
                 self._recorder.rest()
 
     def teardown(self, stage: str) -> None:
-        """Lets what was recorded go; a loop of Lightning's has ended."""
+        """Lets go what was recorded, and memory for the next pass; a loop of Lightning's has ended."""
         super().teardown(stage)
         self._recorder.forget()
+        if self.is_built:
+            self.policy.decoder.spare.clear()
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

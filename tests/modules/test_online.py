@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_rlhf import PPOModule, PromptDataModule
+from lightning_rlhf import ConversationDataModule, PPOModule, PromptDataModule
 from lightning_rlhf.batches import PromptBatch
 from lightning_rlhf.data.tokens import padded
 from lightning_rlhf.functional import linear, spare
@@ -15,7 +15,7 @@ from lightning_rlhf.functional.spare import Spare
 from lightning_rlhf.models.reference import fingerprint
 from lightning_rlhf.modules import online
 from tests.networks import PAD, network, tiny_gpt2, word_tokenizer
-from tests.training import PROMPTS, Seen, bare_trainer, fit, module_of, share_of_early_letters, weights
+from tests.training import PROMPTS, Seen, bare_trainer, fit, module_of, sft, share_of_early_letters, weights
 
 
 def ppo(**arguments):
@@ -403,6 +403,21 @@ def test_memory_that_is_used_again_changes_nothing(monkeypatch, micro_batch_size
         assert all(parameter.grad is None for parameter in module.parameters())
         assert {use for use, is_kept in taken if is_kept} == (set() if smallest else {"exponentials", "gradient"})
     assert torch.equal(*found)
+
+
+def test_memory_for_the_next_step_of_imitation_is_given_back_at_the_end(monkeypatch):
+    monkeypatch.setattr(spare, "SMALLEST", 0)
+    held = []
+
+    class Looks(Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            held.append(set(module.policy.decoder.spare._pieces))
+
+    module = sft()
+    data = ConversationDataModule([{"prompt": "a b", "response": "c d"}] * 4, batch_size=2)
+    bare_trainer(max_epochs=1, callbacks=[Looks()]).fit(module, datamodule=data)
+    assert held == [{"exponentials"}] * 2
+    assert not module.policy.decoder.spare._pieces
 
 
 def test_a_gradient_that_somebody_keeps_stays_what_it_was(monkeypatch):
