@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
+from lightning_rlhf.functional import linear
 from lightning_rlhf.models.linear import speed_up_linears
 from lightning_rlhf.models.lora import AddingLinear, fuse_adapters
 from lightning_rlhf.planning.live import Live
@@ -71,6 +72,17 @@ def test_outputs_and_gradients_are_those_of_pefts(shape, speeds_up):
     assert len(found) == len(expected) == 2 + 4
     for mine, other in zip(found, expected, strict=True):
         assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_intel", [False, True])
+def test_what_onednn_made_is_added_to(is_intel, monkeypatch):
+    monkeypatch.setattr(linear, "SMALLEST", 0)
+    monkeypatch.setattr(linear, "is_of_intel", lambda: is_intel)
+    theirs, ours = nets(torch.float32)
+    speed_up_linears(ours)
+    x = torch.randn(2, 3, 6)
+    for mine, other in zip(outputs_and_gradients(ours, x), outputs_and_gradients(theirs, x), strict=True):
+        assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
 def test_several_adapters_are_added_and_none_where_they_are_off():
