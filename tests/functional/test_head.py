@@ -45,13 +45,19 @@ def test_outputs_and_gradients_are_those_by_way_of_logits(
         assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_an_entropy_that_is_only_looked_at_adds_nothing() -> None:
-    states, weight, _, tokens = inputs(20)
-    found = head_logprobs(states, weight, None, tokens)
-    expected = response_logprobs(states @ weight.T, tokens)
-    for mine, theirs in zip(
-        gradients(found, [states, weight], 0.0), gradients(expected, [states, weight], 0.0), strict=True
-    ):
+@pytest.mark.invariant(5, 30)
+@pytest.mark.parametrize("kept_bytes", [0, 2**30])
+@pytest.mark.parametrize(("entries", "temperature"), [(5, 1.0), (VOCABULARY, 0.6)])
+def test_an_entropy_that_is_only_looked_at_adds_nothing(
+    entries: int, temperature: float, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "TILE", 20 * entries)
+    monkeypatch.setattr(head, "NARROWEST", 1)
+    states, weight, bias, tokens = inputs(20)
+    found = head_logprobs(states, weight, bias, tokens, temperature, kept_bytes)
+    expected = response_logprobs(states @ weight.T + bias, tokens, temperature)
+    given = [states, weight, bias]
+    for mine, theirs in zip(gradients(found, given, 0.0), gradients(expected, given, 0.0), strict=True):
         assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
