@@ -102,6 +102,15 @@ def test_several_adapters_are_added_and_none_where_they_are_off():
     assert torch.equal(merged(x), expected(x))
 
 
+def test_an_adapter_in_the_weights_is_not_added_once_more():
+    theirs, ours = nets()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    ours.base_model.merge_adapter()
+    assert_close(ours(x), theirs(x), rtol=1e-6, atol=1e-6)
+    ours.base_model.unmerge_adapter()
+    assert_close(ours(x), theirs(x), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}])
 def test_what_one_product_does_not_say_is_said_by_pefts_layers(config):
     theirs, ours = nets(**config)
