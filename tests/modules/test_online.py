@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_rlhf import ConversationDataModule, PPOModule, PromptDataModule
@@ -396,10 +396,14 @@ def test_memory_that_is_used_again_changes_nothing(monkeypatch, micro_batch_size
         module = ppo(micro_batch_size=micro_batch_size, ent_coef=0.1)
         give = Spare.give
         monkeypatch.setattr(Spare, "give", lambda *a, give=give: (give(*a), taken.append((a[1], a[1] in a[0]._pieces))))
-        fit(module, iterations=2)
+        left = []
+        after = LambdaCallback(
+            on_train_batch_end=lambda *a, left=left: left.append(dict(a[1].policy.decoder.spare._pieces))
+        )
+        fit(module, iterations=2, callbacks=[after])
         monkeypatch.setattr(Spare, "give", give)
         found.append(weights(module))
-        assert not module.policy.decoder.spare._pieces
+        assert left == [{}, {}], "responses are written next"
         assert all(parameter.grad is None for parameter in module.parameters())
         assert {use for use, is_kept in taken if is_kept} == (set() if smallest else {"exponentials", "gradient"})
     assert torch.equal(*found)
