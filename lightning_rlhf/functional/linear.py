@@ -121,6 +121,8 @@ def packs(weight: Tensor, rows: int) -> bool:
     Returns:
         The answer.
     """
+    if type(weight) not in (Tensor, nn.Parameter):  # a shard, which is not to be asked for anything
+        return False
     return suits(weight.new_empty(1).expand(rows, weight.shape[1]), weight, is_packed=True)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_rlhf.functional import linear
-from lightning_rlhf.functional.linear import onednn, product, suits
+from lightning_rlhf.functional.linear import onednn, packs, product, suits
 from lightning_rlhf.models.linear import packed_bytes, packed_linears, speed_up_linears
 
 
@@ -203,3 +203,14 @@ def test_small_layers_are_not_packed():
     for rows in (127, 128):
         with packed_linears(model, rows, 10**6):
             assert model.packed == ["large"] * (rows == 128), "2^23 multiplications"
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_a_shard_is_not_packed_nor_asked_for_anything():
+    class Shard(torch.Tensor):
+        """As DTensor, whose operators may be collectives."""
+
+        new_empty = expand = None
+
+    assert packs(torch.randn(40, 24), 3)
+    assert not packs(torch.randn(40, 24).as_subclass(Shard), 3)
